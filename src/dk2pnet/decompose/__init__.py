@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: moments, solver, selection. Knows no `torch.nn.Module`."""

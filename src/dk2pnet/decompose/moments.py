@@ -1,0 +1,91 @@
+"""The sums behind A and B: kept raw, in float64, so that they add up over batches and over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments"]
+
+
+@dataclass
+class Moments:
+    """Second moments at one convolution with G groups, N outputs and C inputs a group, kernels of q numbers.
+
+    ``input_sum (G, C q, C q)`` sums u u' over positions, ``mean_sum (G, C q)`` sums u, ``positions`` counts them;
+    ``output_sum (G, N, N)`` sums g g' over all positions of all images, ``images`` counts the images. u is an input
+    patch, g the gradient of the log-likelihood at the layer's output.
+    """
+
+    input_sum: Tensor
+    mean_sum: Tensor
+    positions: int = 0
+    output_sum: Tensor | None = None
+    images: int = 0
+
+    @classmethod
+    def zeros(cls, groups: int, inputs: int, outputs: int | None = None) -> Moments:
+        """Empty sums for ``inputs = C q`` and, where B is wanted, ``outputs = N``."""
+        double = torch.float64
+        return cls(
+            torch.zeros(groups, inputs, inputs, dtype=double),
+            torch.zeros(groups, inputs, dtype=double),
+            output_sum=None if outputs is None else torch.zeros(groups, outputs, outputs, dtype=double),
+        )
+
+    @staticmethod
+    def bytes_needed(groups: int, inputs: int, outputs: int | None = None) -> int:
+        """Memory of the sums and of the float32 product that is added to them."""
+        return groups * (inputs * inputs + (outputs or 0) ** 2) * (8 + 4)
+
+    def add_patches(self, patches: Tensor) -> None:
+        """Add input patches ``(n, G, C q)``: products in float32, summed in float64."""
+        by_group = patches.transpose(0, 1)
+        for group, rows in enumerate(by_group):
+            self.input_sum[group] += (rows.T @ rows).to(self.input_sum)
+        self.mean_sum += patches.sum(0, dtype=torch.float64).to(self.mean_sum)
+        self.positions += patches.shape[0]
+
+    def add_gradients(self, gradients: Tensor) -> None:
+        """Add output gradients ``(G, N, n)`` of any number of positions; `images` is counted by `count_images`."""
+        assert self.output_sum is not None
+        for group, columns in enumerate(gradients):
+            self.output_sum[group] += (columns @ columns.T).to(self.output_sum)
+
+    def count_images(self, images: int) -> None:
+        """Say how many images the gradients added so far came from."""
+        self.images += images
+
+    def __add__(self, other: Moments) -> Moments:
+        both = self.output_sum is not None and other.output_sum is not None
+        return Moments(
+            self.input_sum + other.input_sum,
+            self.mean_sum + other.mean_sum,
+            self.positions + other.positions,
+            self.output_sum + other.output_sum if both else None,  # type: ignore[operator]
+            self.images + other.images,
+        )
+
+    def A(self, centred: bool = False) -> Tensor:
+        """``E[u u']`` over images and positions, (G, C q, C q); `centred`: the covariance, for a free bias."""
+        second = self.input_sum / max(self.positions, 1)
+        if centred:
+            mean = self.mean()
+            second -= mean.unsqueeze(2) * mean.unsqueeze(1)
+        return second
+
+    def mean(self) -> Tensor:
+        """``E[u]``, (G, C q)."""
+        return self.mean_sum / max(self.positions, 1)
+
+    def B(self) -> Tensor | None:
+        """Fisher information of the outputs, ``E[sum over positions of g g']`` over images, (G, N, N)."""
+        return None if self.output_sum is None else self.output_sum / max(self.images, 1)
+
+    def finite(self) -> bool:
+        """Whether no activation and no gradient was infinite or not a number."""
+        return all(
+            bool(torch.isfinite(part).all()) for part in (self.input_sum, self.output_sum) if part is not None
+        )

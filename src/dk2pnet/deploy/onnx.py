@@ -1,0 +1,453 @@
+"""PyTorch in, one ONNX file out, and the proof that both compute the same.
+
+Exporter: the TorchScript one of `torch.onnx`, on every PyTorch from 2.6 on. The newer one (`dynamo=True`) is only asked
+when the first cannot do it: with PyTorch 2.6 and a current onnxscript it cannot export a batch normalisation
+(github.com/microsoft/onnxscript/issues/2651), it takes seconds where the other takes tenths, and it writes the stack
+traces of the exporting machine into the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dk2pnet.errors import InputError
+from dk2pnet.layer import DKConv2d
+
+__all__ = ["check_onnx", "export_onnx", "multiplier_convolutions", "read_metadata", "run_onnx", "session"]
+
+# Known to every runtime in use; the first with LayerNormalization as one operator. The dynamo exporter starts at 18.
+OPSET = 17
+DYNAMO_OPSET = 18
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    input_name: str = "input",
+    output_name: str = "output",
+) -> None:
+    """Write `model` to one self-contained ONNX file with a free batch size, every DK layer as a sum of branches.
+
+    Example::
+
+        export_onnx(student, torch.randn(1, 3, 32, 32), "model.onnx", metadata={"seed": "0"})
+
+    A copy of the model in eval mode on the CPU is exported; the model itself is not touched. The file appears whole or
+    not at all.
+
+    Parameters
+    ----------
+    model
+        Takes one tensor; gives a tensor, or a tuple, list or dict of tensors.
+    example
+        An input, ``(B, C, H, W)``; the file takes any B, but only this C, H and W.
+    metadata
+        Written to the file's metadata, see `read_metadata`.
+    output_name
+        Name of the (first) output; further ones are called ``output_1``, ``output_2``, ...
+
+    Raises
+    ------
+    InputError
+        When the model does not take the example, or cannot be exported with a free batch size.
+    """
+    path, name = Path(path), type(model).__name__
+    try:
+        net = _plain(_cpu_copy(model))
+    except Exception as error:
+        raise InputError(f"cannot copy {name} to export it: {_reason(error)}") from error
+    if example.dim() < 2 or len(example) == 0:
+        raise InputError(f"example has shape {tuple(example.shape)}; expected at least one image, (B, C, H, W)")
+    # Two images to trace with and three to check with: the exporters take a dimension of size 1 for a constant.
+    three = example.detach().cpu()[:1].repeat(3, *[1] * (example.dim() - 1))
+    try:
+        with torch.no_grad():
+            output = net(three)
+    except Exception as error:
+        shape = tuple(example.shape)
+        raise InputError(f"{name} does not take the example of shape {shape}: {_reason(error)}") from error
+    expected = _tensors(output, name)
+    names = [output_name if index == 0 else f"{output_name}_{index}" for index in range(len(expected))]
+    if not isinstance(output, Tensor):
+        net = _Flat(net)
+    shapes = [tuple(tensor.shape) for tensor in expected]
+    content = _export(net, name, three, shapes, dict(metadata or {}), input_name, names)
+    # Not tempfile: its files are readable by their owner alone, and os.replace would keep that.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_onnx(path: str | Path, model: nn.Module, inputs: Sequence[Tensor], tolerance: float = 1e-4) -> float:
+    """Run `inputs` through the file (ONNX Runtime, CPU) and `model` (PyTorch, CPU, eval mode, its own forms).
+
+    Returns
+    -------
+    float
+        The largest relative difference, ``max |onnx - torch| / max |torch|`` per output.
+
+    Raises
+    ------
+    InputError
+        When the file is not there or cannot be loaded.
+    RuntimeError
+        When the file breaks the ONNX standard, does not run, or differs by more than `tolerance`.
+    """
+    path = Path(path)
+    running = session(path)
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise RuntimeError(f"{path.name} is not valid ONNX: {_reason(error)}") from error
+    # On the CPU, because a GPU's convolutions may round to TF32, which the tolerance would blame on the file.
+    reference = _cpu_copy(model)
+    worst = 0.0
+    for x in inputs:
+        with torch.no_grad():
+            expected = _tensors(reference(x.detach().cpu()), type(model).__name__)
+        try:
+            found = run_onnx(running, x)
+        except Exception as error:
+            raise RuntimeError(f"{path.name} fails on an input of shape {tuple(x.shape)}: {_reason(error)}") from error
+        shapes = [array.shape for array in found], [tuple(tensor.shape) for tensor in expected]
+        if shapes[0] != shapes[1]:
+            raise RuntimeError(f"{path.name} gives outputs of shape {shapes[0]}; PyTorch gives {shapes[1]}")
+        for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+            difference = _relative_difference(a, b.numpy())
+            if not difference <= tolerance:  # not ">": a NaN must not pass
+                raise RuntimeError(
+                    f"{path.name} and PyTorch differ by {difference:.2e} (relative; output {number}, input of shape"
+                    f" {tuple(x.shape)}); at most {tolerance:.2e} is allowed"
+                )
+            worst = max(worst, difference)
+    return worst
+
+
+def multiplier_convolutions(path: str | Path) -> list[str]:
+    """Names of the depthwise convolutions with a channel multiplier: groups = input channels > 1, outputs > groups.
+
+    Runtimes send them down a slow path; a converted network must have none that the original did not have.
+    """
+    proto = onnx.shape_inference.infer_shapes(_load(path))
+    shapes = {info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in proto.graph.value_info}
+    shapes.update({initializer.name: list(initializer.dims) for initializer in proto.graph.initializer})
+    found = []
+    for node in proto.graph.node:
+        if node.op_type != "Conv":
+            continue
+        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+        outputs, inputs_per_group = (shapes.get(node.input[1]) or [0, 0])[:2]
+        if groups > 1 and inputs_per_group == 1 and outputs > groups:
+            found.append(node.name or node.output[0])
+    return found
+
+
+def session(path: str | Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """Load an ONNX file into ONNX Runtime on the CPU, with `threads` threads (None: one per physical core).
+
+    Raises
+    ------
+    InputError
+        When the file is not there or ONNX Runtime cannot load it.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; expected 1 or more")
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; expected an ONNX file")
+    return _session(str(path), threads, str(path))
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata that `export_onnx` wrote. Raises InputError when the file is not there or not ONNX."""
+    return {entry.key: entry.value for entry in _load(path).metadata_props}
+
+
+def run_onnx(session: onnxruntime.InferenceSession, x: Tensor | np.ndarray) -> list[np.ndarray]:
+    """Run a network of one input on ``x (B, C, H, W)``; all outputs in order."""
+    array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+    return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(array)})
+
+
+# -- the model to export ---------------------------------------------------------------------------------------------
+
+
+def _cpu_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().eval()
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """Replace, in place, every DK layer by plain modules; a layer that is used twice stays one."""
+    replaced: dict[DKConv2d, nn.Module] = {}
+
+    def replace(child: nn.Module) -> nn.Module:
+        if isinstance(child, DKConv2d):
+            return replaced.setdefault(child, _Branches(child))
+        return child
+
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None:
+                parent._modules[name] = replace(child)
+    return replace(module)
+
+
+class _Branches(nn.Module):
+    """A DK layer ``(B, C, H, W) -> (B, N, H', W')`` in its `branches` form, made of plain convolutions.
+
+    `DKConv2d` slices its kernels and combination by branch. An exporter may write these slices as operators (the dynamo
+    exporter does for large layers), which hides the weights from whatever reads the file; here each is a weight.
+    """
+
+    def __init__(self, layer: DKConv2d) -> None:
+        super().__init__()
+        self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        left, right, top, bottom = layer._pad_outside
+        # Symmetric zeros are the convolution's own; the rest is padded once, not once per branch.
+        inside = self.padding_mode == "constant" and left == right and top == bottom
+        self.pad_outside = None if inside else [left, right, top, bottom]
+        self.extract, self.combine = nn.ModuleList(), nn.ModuleList()
+        self.gathers: list[int | None] = []  # per branch, which of the buffers `source_*` picks its input, if any
+        self.group_order = None
+        covered: list[list[int]] = [list(range(layer.in_channels))]
+        kernels, combination, bias = layer.kernels.detach(), layer.combination.detach(), layer.bias
+        start = column = 0
+        for number, width in enumerate(layer.branch_sizes):
+            conv = nn.Conv2d(
+                width,
+                width,
+                layer.kernel_size,
+                layer.stride,
+                (top, left) if inside else 0,
+                layer.dilation,
+                width,
+                bias=False,
+            )
+            conv.weight = nn.Parameter(kernels[start : start + width].clone())
+            self.extract.append(conv)
+            channels = layer.source[start : start + width].tolist()
+            if channels not in covered:
+                self.register_buffer(f"source_{len(covered)}", torch.tensor(channels))
+                covered.append(channels)
+            self.gathers.append(covered.index(channels) or None)
+            if layer._even:
+                columns = combination[:, column : column + width // layer.groups]
+                self.combine.append(_pointwise(columns, bias if number == 0 else None, layer.groups))
+                column += width // layer.groups
+            start += width
+        if not layer._even:
+            # Kernels spread unevenly over the groups: no branch has a grouped pointwise convolution of its own.
+            self.combine.append(_pointwise(combination, bias, layer.groups))
+            self.group_order = layer._group_order.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pad_outside is not None:
+            x = F.pad(x, self.pad_outside, mode=self.padding_mode)
+        inputs: dict[int | None, Tensor] = {None: x}
+        parts: list[Tensor] = []
+        for number, (gather, extract) in enumerate(zip(self.gathers, self.extract, strict=True)):
+            if gather not in inputs:
+                inputs[gather] = x.index_select(1, getattr(self, f"source_{gather}"))
+            z = extract(inputs[gather])
+            parts.append(z if self.group_order is not None else self.combine[number](z))
+        if self.group_order is not None:
+            return self.combine[0](torch.cat(parts, 1).index_select(1, self.group_order))
+        return functools.reduce(torch.add, parts)
+
+
+def _pointwise(combination: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
+    """The 1x1 convolution by ``combination (N, R / groups, 1, 1)``."""
+    outputs, inputs = combination.shape[:2]
+    multiplier = groups > 1 and inputs == 1 and outputs > groups
+    # One kernel per group makes this a depthwise convolution with a multiplier, which must not be: repeat the inputs.
+    channels = outputs if multiplier else inputs * groups
+    conv = nn.Conv2d(channels, outputs, 1, groups=outputs if multiplier else groups, bias=bias is not None)
+    conv.weight = nn.Parameter(combination.clone())
+    conv.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    return nn.Sequential(_Repeat(groups, outputs // groups), conv) if multiplier else conv
+
+
+class _Repeat(nn.Module):
+    """``(B, C, H, W) -> (B, C * times, H, W)``: channels 0, 0, ..., 1, 1, ..."""
+
+    def __init__(self, channels: int, times: int) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.arange(channels).repeat_interleave(times))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)  # type: ignore[arg-type]
+
+
+class _Flat(nn.Module):
+    """A model whose outputs are a plain tuple of tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_tensors(self.model(x), "model"))
+
+
+def _tensors(output: Any, name: str) -> list[Tensor]:
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    values = [values] if isinstance(values, Tensor) else values
+    if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, Tensor) for value in values):
+        raise InputError(f"{name} gives {type(output).__name__}; expected a tensor, or a tuple or dict of tensors")
+    return list(values)
+
+
+# -- the exporters ---------------------------------------------------------------------------------------------------
+
+
+def _export(
+    net: nn.Module,
+    name: str,
+    three: Tensor,
+    shapes: list[tuple[int, ...]],
+    metadata: dict[str, str],
+    input_name: str,
+    output_names: list[str],
+) -> bytes:
+    """The file's content, proven to take a batch size that the model was not traced with."""
+    first: Exception | None = None
+    for exporter in (_torchscript, _dynamo):
+        try:
+            with _quiet(), torch.no_grad():
+                proto = exporter(net, three[:2], input_name, output_names)
+            onnx.helper.set_model_props(proto, metadata)
+            content = proto.SerializeToString()
+            found = [output.shape for output in run_onnx(_session(content, 1, name), three)]
+            if found != shapes:
+                raise RuntimeError(f"the batch size cannot be left free: outputs of shape {found}, expected {shapes}")
+            return content
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise InputError(f"cannot export {name} to ONNX: {_reason(first)}") from first
+
+
+def _torchscript(net: nn.Module, x: Tensor, input_name: str, output_names: list[str]) -> onnx.ModelProto:
+    file = io.BytesIO()
+    torch.onnx.export(
+        net,
+        (x,),
+        file,  # type: ignore[arg-type]
+        input_names=[input_name],
+        output_names=output_names,
+        dynamic_axes={name: {0: "batch"} for name in (input_name, *output_names)},
+        opset_version=OPSET,
+        dynamo=False,
+    )
+    return onnx.load_model_from_string(file.getvalue())
+
+
+def _dynamo(net: nn.Module, x: Tensor, input_name: str, output_names: list[str]) -> onnx.ModelProto:
+    program = torch.onnx.export(
+        net,
+        (x,),
+        input_names=[input_name],
+        output_names=output_names,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        opset_version=DYNAMO_OPSET,
+        optimize=True,
+        verbose=False,
+        dynamo=True,
+    )
+    assert program is not None
+    proto = program.model_proto
+    # Notes of the exporter, among them stack traces with the paths of the exporting machine.
+    graph = proto.graph
+    for entry in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        entry.ClearField("metadata_props")
+        entry.ClearField("doc_string")
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither warnings, nor log lines, nor prints: the exporters are talkative, and their errors are raised anyway."""
+    disabled = logging.root.manager.disable
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, disabled)
+        logging.disable(logging.CRITICAL)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        # The file descriptor too: on failure the C++ side of the TorchScript exporter prints the whole graph, whatever
+        # `verbose` says.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        with contextlib.suppress(OSError):  # no descriptor 1, nothing to silence
+            saved = os.dup(1)
+            stack.callback(os.close, saved)
+            stack.callback(os.dup2, saved, 1)
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+# -- small things ----------------------------------------------------------------------------------------------------
+
+
+def _session(model: str | bytes, threads: int | None, name: str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    # By default the threads keep spinning after a run, for up to a second: they would slow down whatever comes next,
+    # and when sessions are timed in turns that is the other network.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise InputError(f"{name} cannot be loaded by ONNX Runtime: {_reason(error)}") from error
+
+
+def _load(path: str | Path) -> onnx.ModelProto:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; expected an ONNX file")
+    try:
+        proto = onnx.load(str(path))
+    except Exception as error:
+        raise InputError(f"{path} is not an ONNX file: {_reason(error)}") from error
+    if not proto.HasField("graph"):
+        raise InputError(f"{path} is not an ONNX file: it holds no graph")
+    return proto
+
+
+def _relative_difference(a: np.ndarray, b: np.ndarray) -> float:
+    if b.size == 0:
+        return 0.0
+    difference = float(np.abs(a.astype(np.float64) - b).max())
+    return difference / max(float(np.abs(b).max()), np.finfo(np.float32).tiny)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,377 @@
+"""`DKConv2d`: a convolution by dominant kernels.
+
+Kernel ``r`` reads one input channel ``source[r]`` (feature extraction), and a 1x1 convolution combines what the R
+kernels extract (feature combination)::
+
+    z_r = kernels[r] * x[source[r]]
+    y_n = sum_r combination[n, r] z_r + bias_n
+
+Source: Wang, Deng, Wang, "Accelerating Convolutional Neural Networks with Dominant Convolutional Kernel and Knowledge
+Pre-regression", ECCV 2016 (the split into extraction and combination). Free counts per channel follow Dbouk and
+Shanbhag, "Generalized Depthwise-Separable Convolutions", NeurIPS 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dk2pnet.decompose.solve import Factors, solve
+from dk2pnet.errors import InputError
+
+__all__ = ["FORMS", "DKConv2d", "set_form"]
+
+FORMS = ("folded", "branches", "concat")
+
+
+class _Branch(NamedTuple):
+    """Kernels ``start:stop`` of the storage order: at most one per input channel."""
+
+    start: int
+    stop: int
+    full: bool  # every input channel in order, so that the input need not be gathered
+
+
+class DKConv2d(nn.Module):
+    """A convolution ``(B, C, H, W) -> (B, N, H', W')`` by R dominant kernels of size ``kh x kw``.
+
+    Example::
+
+        layer = DKConv2d(16, 32, 3, padding=1, counts=2)      # two kernels for each of the 16 channels: R = 32
+        layer.kernels.shape, layer.combination.shape          # (32, 1, 3, 3), (32, 32, 1, 1)
+        layer(torch.randn(1, 16, 8, 8)).shape                 # (1, 32, 8, 8)
+
+    Parameters
+    ----------
+    in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        As in `torch.nn.Conv2d`.
+    counts
+        Kernels per input channel: one number for all, or C numbers (0 allowed). Every group must have the same sum.
+    form
+        Which exact form `forward` computes: ``branches`` (sum over branches of depthwise + pointwise), ``concat``
+        (depthwise branches concatenated, one pointwise) or ``folded`` (one dense convolution; the form to train in).
+        All forms give the same outputs and the same gradients.
+
+    Attributes
+    ----------
+    kernels : Parameter, (R, 1, kh, kw)
+    combination : Parameter, (N, R / groups, 1, 1); column j of a row in group g belongs to the j-th kernel of group g
+    bias : Parameter (N,) or None
+    source : buffer, int64 (R,): the input channel of each kernel, sorted by branch (first every channel's most
+        dominant kernel, then every second one, ...), inside a branch by channel.
+
+    Raises
+    ------
+    InputError
+        When the counts do not fit the channels and groups.
+    """
+
+    source: Tensor
+    _group_order: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        counts: int | Sequence[int] = 1,
+        form: str = "branches",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        # A Conv2d on the meta device checks the arguments and normalises them exactly as PyTorch does.
+        like = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+        )
+        self._take_geometry(like)
+        self.form = form
+        source = _sources(counts, self.in_channels, groups)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kernels = nn.Parameter(torch.empty(len(source), 1, *self.kernel_size, **factory))
+        self.combination = nn.Parameter(torch.empty(out_channels, len(source) // groups, 1, 1, **factory))
+        self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
+        self.register_buffer("source", torch.tensor(source, dtype=torch.int64, device=device))
+        self._arrange()
+        self.reset_parameters()
+
+    def _take_geometry(self, conv: nn.Conv2d) -> None:
+        self.in_channels = conv.in_channels
+        self.out_channels = conv.out_channels
+        self.kernel_size = conv.kernel_size
+        self.stride = conv.stride
+        self.padding = conv.padding
+        self.dilation = conv.dilation
+        self.groups = conv.groups
+        self.padding_mode = conv.padding_mode
+        self._pad_outside = tuple(conv._reversed_padding_repeated_twice)
+
+    @property
+    def form(self) -> str:
+        """The exact form that `forward` computes, one of `FORMS`."""
+        return self._form
+
+    @form.setter
+    def form(self, form: str) -> None:
+        if form not in FORMS:
+            raise InputError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
+        self._form = form
+
+    @property
+    def counts(self) -> list[int]:
+        """Kernels per input channel, C numbers."""
+        return torch.bincount(self.source.cpu(), minlength=self.in_channels).tolist()
+
+    @property
+    def branch_sizes(self) -> list[int]:
+        """Kernels per branch, most dominant branch first."""
+        return [branch.stop - branch.start for branch in self._branches]
+
+    def reset_parameters(self) -> None:
+        """Draw kernels of about unit norm and a combination as PyTorch draws a 1x1 convolution's."""
+        if self.kernels.is_meta:
+            return
+        nn.init.normal_(self.kernels, std=1 / math.sqrt(self.kernel_size[0] * self.kernel_size[1]))
+        nn.init.kaiming_uniform_(self.combination, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.combination.shape[1])
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def _arrange(self) -> None:
+        """Derive from `source` what the forms need: branches, gathers, and the order of kernels by group."""
+        source = self.source.cpu()
+        seen = [0] * self.in_channels
+        branch_of = []
+        for channel in source.tolist():
+            branch_of.append(seen[channel])
+            seen[channel] += 1
+        if branch_of != sorted(branch_of):
+            raise InputError("source is not sorted by branch: every channel's first kernel must come before any second")
+        for name in [name for name in self._buffers if name.startswith("_gather_")]:
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        self._branches: list[_Branch] = []
+        start = 0
+        for number in range(max(branch_of) + 1):
+            stop = start + branch_of.count(number)
+            channels = source[start:stop]
+            full = stop - start == self.in_channels and channels.tolist() == list(range(self.in_channels))
+            if not full:
+                gather = channels.to(self.source.device)
+                self.register_buffer(f"_gather_{number}", gather, persistent=False)
+            self._branches.append(_Branch(start, stop, full))
+            start = stop
+        group_of = source // (self.in_channels // self.groups)
+        order = torch.argsort(group_of, stable=True).to(self.source.device)
+        self.register_buffer("_group_order", order, persistent=False)
+        # A branch whose kernels are spread evenly over the groups has a grouped pointwise convolution of its own.
+        sizes = [
+            torch.bincount(group_of[branch.start : branch.stop], minlength=self.groups) for branch in self._branches
+        ]
+        self._even = all(bool((size == size[0]).all()) for size in sizes)
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_factors(cls, conv: nn.Conv2d, factors: Factors, form: str = "branches") -> DKConv2d:
+        """Make the layer that takes the place of `conv`, with kernels and combination found by `decompose.solve`.
+
+        The bias is `conv`'s plus ``factors.bias_shift`` where there is one.
+        """
+        has_bias = conv.bias is not None or factors.bias_shift is not None
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            has_bias,
+            conv.padding_mode,
+            counts=torch.bincount(factors.source, minlength=conv.in_channels).tolist(),
+            form=form,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        with torch.no_grad():
+            layer.kernels.copy_(factors.kernels)
+            layer.combination.copy_(factors.combination)
+            layer.source.copy_(factors.source)
+            layer._arrange()
+            if layer.bias is not None:
+                layer.bias.copy_(conv.bias if conv.bias is not None else torch.zeros_like(layer.bias))
+                if factors.bias_shift is not None:
+                    layer.bias += factors.bias_shift.to(layer.bias)
+        layer.train(conv.training)
+        layer.requires_grad_(conv.weight.requires_grad)
+        return layer
+
+    @classmethod
+    def from_dense(cls, conv: nn.Conv2d, counts: int | Sequence[int], form: str = "branches") -> DKConv2d:
+        """Approximate `conv` by the best `counts` kernels per channel (criterion ``weight``: Eckart-Young).
+
+        Example: ``DKConv2d.from_dense(nn.Conv2d(16, 32, 3), counts=9)`` equals the convolution exactly.
+        """
+        source = _sources(counts, conv.in_channels, conv.groups)
+        per_channel = torch.bincount(torch.tensor(source), minlength=conv.in_channels)
+        return cls.from_factors(conv, solve(conv.weight.detach(), per_channel, groups=conv.groups), form)
+
+    def fold(self) -> Tensor:
+        """The dense weight ``(N, C / groups, kh, kw)`` that the layer stands for, differentiable."""
+        groups, width = self.groups, self.out_channels // self.groups
+        kernels, source = self.kernels.flatten(1), self.source
+        if groups > 1:
+            kernels, source = kernels[self._group_order], source[self._group_order]
+        columns = self.combination.view(groups, width, -1).transpose(1, 2).reshape(len(source), width)
+        blocks = columns.unsqueeze(2) * kernels.unsqueeze(1)  # (R, N / groups, kh kw)
+        weight = blocks.new_zeros(self.in_channels, width, kernels.shape[1]).index_add(0, source, blocks)
+        weight = weight.view(groups, -1, width, kernels.shape[1]).transpose(1, 2)
+        return weight.reshape(self.out_channels, -1, *self.kernel_size)
+
+    def to_dense(self) -> nn.Conv2d:
+        """The plain `torch.nn.Conv2d` with the folded weight."""
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device=self.kernels.device,
+            dtype=self.kernels.dtype,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(self.fold())
+            if self.bias is not None and conv.bias is not None:
+                conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    # -- computing -----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x (B, C, H, W)`` (or ``(C, H, W)``) in the chosen form."""
+        unbatched = x.dim() == 3
+        if unbatched:
+            x = x.unsqueeze(0)
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._pad_outside, mode=self.padding_mode), 0
+        if self._form == "folded":
+            y = F.conv2d(x, self.fold(), self.bias, self.stride, padding, self.dilation, self.groups)
+        elif self._form == "branches" and self._even:
+            y = self._sum_of_branches(x, padding)
+        else:
+            y = self._concatenated(x, padding)
+        return y.squeeze(0) if unbatched else y
+
+    def _extract(self, number: int, x: Tensor, padding: Any) -> Tensor:
+        """Feature extraction of one branch: a depthwise convolution without a multiplier."""
+        start, stop, full = self._branches[number]
+        if not full:
+            x = x.index_select(1, self._buffers[f"_gather_{number}"])  # type: ignore[arg-type]
+        kernels = self.kernels[start:stop]
+        return F.conv2d(x, kernels, None, self.stride, padding, self.dilation, stop - start)
+
+    def _sum_of_branches(self, x: Tensor, padding: Any) -> Tensor:
+        result: Tensor | None = None
+        column = 0
+        for number, branch in enumerate(self._branches):
+            width = (branch.stop - branch.start) // self.groups
+            combination = self.combination[:, column : column + width]
+            bias = self.bias if number == 0 else None
+            part = F.conv2d(self._extract(number, x, padding), combination, bias, groups=self.groups)
+            result = part if result is None else result + part
+            column += width
+        assert result is not None
+        return result
+
+    def _concatenated(self, x: Tensor, padding: Any) -> Tensor:
+        parts = [self._extract(number, x, padding) for number in range(len(self._branches))]
+        extracted = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        if self.groups > 1:
+            extracted = extracted.index_select(1, self._group_order)
+        return F.conv2d(extracted, self.combination, self.bias, groups=self.groups)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the number of kernels and their sources from the state, so that it loads without knowing the counts."""
+        kernels = state_dict.get(prefix + "kernels")
+        combination = state_dict.get(prefix + "combination")
+        source = state_dict.get(prefix + "source")
+        fits = (
+            isinstance(kernels, Tensor)
+            and isinstance(combination, Tensor)
+            and isinstance(source, Tensor)
+            and source.dim() == 1
+            and len(source) > 0
+            and kernels.shape == (len(source), 1, *self.kernel_size)
+            and combination.shape == (self.out_channels, len(source) // self.groups, 1, 1)
+            and not source.is_meta
+            and 0 <= int(source.min()) <= int(source.max()) < self.in_channels
+        )
+        if fits and source.tolist() != self.source.tolist():
+            with torch.no_grad():
+                self.kernels.data = self.kernels.data.new_empty(kernels.shape)
+                self.combination.data = self.combination.data.new_empty(combination.shape)
+                self.source = source.to(self.source.device, copy=True)
+                self._arrange()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """One line: geometry as in `Conv2d`, then kernels, branches and form."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, plain in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            if getattr(self, name) != plain:
+                text += f", {name}={getattr(self, name)}"
+        if self.bias is None:
+            text += ", bias=False"
+        branches = "+".join(map(str, self.branch_sizes))
+        return f"{text}, kernels={len(self.source)} in branches {branches}, form={self._form}"
+
+
+def set_form(model: nn.Module, form: str) -> None:
+    """Choose the exact form of every DK layer in `model` (see `FORMS`)."""
+    for module in model.modules():
+        if isinstance(module, DKConv2d):
+            module.form = form
+
+
+def _sources(counts: int | Iterable[int], channels: int, groups: int) -> list[int]:
+    """Counts per channel -> input channel of every kernel, sorted by branch."""
+    per_channel = [int(counts)] * channels if isinstance(counts, int) else [int(count) for count in counts]
+    if len(per_channel) != channels:
+        raise InputError(f"counts has {len(per_channel)} numbers; expected one, or {channels}: one per input channel")
+    if min(per_channel) < 0:
+        raise InputError(f"counts holds {min(per_channel)}; expected numbers of kernels, 0 or more")
+    width = channels // groups
+    sums = {sum(per_channel[start : start + width]) for start in range(0, channels, width)}
+    if len(sums) > 1:
+        raise InputError(f"counts give the groups {sorted(sums)} kernels; expected the same number in every group")
+    if sums == {0}:
+        raise InputError("counts are all 0; expected at least one kernel per group")
+    return [channel for branch in range(max(per_channel)) for channel in range(channels) if per_channel[channel] > branch]
