@@ -303,7 +303,7 @@ class DKConv2d(nn.Module):
             width = (branch.stop - branch.start) // self.groups
             combination = self.combination[:, column : column + width]
             bias = self.bias if number == 0 else None
-            part = F.conv2d(self._extract(number, x, padding), combination, bias, groups=self.groups)
+            part = self._combine(self._extract(number, x, padding), combination, bias)
             result = part if result is None else result + part
             column += width
         assert result is not None
@@ -314,7 +314,15 @@ class DKConv2d(nn.Module):
         extracted = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         if self.groups > 1:
             extracted = extracted.index_select(1, self._group_order)
-        return F.conv2d(extracted, self.combination, self.bias, groups=self.groups)
+        return self._combine(extracted, self.combination, self.bias)
+
+    def _combine(self, extracted: Tensor, combination: Tensor, bias: Tensor | None) -> Tensor:
+        """Feature combination: a 1x1 convolution, grouped as the layer is."""
+        if combination.shape[1] > 1 or self.groups in (1, self.out_channels):
+            return F.conv2d(extracted, combination, bias, groups=self.groups)
+        # One kernel per group would make the 1x1 a depthwise convolution with a multiplier, slow everywhere.
+        y = extracted.repeat_interleave(self.out_channels // self.groups, 1) * combination.view(1, -1, 1, 1)
+        return y if bias is None else y + bias.view(1, -1, 1, 1)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -39,8 +39,9 @@ class Factors:
 class Problem:
     """One layer to solve: weight ``(N_total, C, kh, kw)``, counts ``(C_total,)``, A and B as above or None (identity).
 
-    ``target (G, N, C q)`` replaces ``W A`` where the wanted responses do not come from the same inputs (the
-    asymmetric reconstruction of Zhang et al., "Accelerating Very Deep Convolutional Networks", 2015).
+    ``target (G, N, C q) = E[y u']`` replaces ``W A`` where the wanted responses y are not ``W u`` (the asymmetric
+    reconstruction of Zhang et al., "Accelerating Very Deep Convolutional Networks", 2015); damping then pulls the
+    solution towards the weight.
     """
 
     weight: Tensor
@@ -121,12 +122,17 @@ def _grouped(weight: Tensor, groups: int) -> Tensor:
     return weight.detach().to("cpu", torch.float64).reshape(groups, total // groups, C, kh * kw)
 
 
-def _damped(A: Tensor, C: int, q: int, damping: float) -> Tensor:
-    A = A.detach().to("cpu", torch.float64, copy=True)
-    diagonal = A.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
+def _ridge(A: Tensor, damping: float) -> Tensor:
+    """What damping adds to the diagonal of every group's A, (G,)."""
+    mean = A.detach().to("cpu", torch.float64).diagonal(dim1=1, dim2=2).mean(1)
     # A layer whose input is zero everywhere has A = 0: any positive diagonal keeps the algebra defined.
-    diagonal += torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    return torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+
+
+def _damped(A: Tensor, C: int, q: int, damping: float) -> Tensor:
+    ridge = _ridge(A, damping)
+    A = A.detach().to("cpu", torch.float64, copy=True)
+    A.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
     return A.view(-1, C, q, C, q)
 
 
@@ -145,7 +151,7 @@ def _solve_stack(problems: Sequence[Problem], damping: float, sweeps: int, toler
     groups = problems[0].groups
     W = torch.cat([_grouped(problem.weight, groups) for problem in problems])
     G, N, C, q = W.shape
-    counts = torch.cat([problem.counts.view(groups, C) for problem in problems]).clamp_max(min(N, q))
+    counts = torch.cat([problem.counts.cpu().view(groups, C) for problem in problems]).clamp_max(min(N, q))
     A = B = target = None
     if problems[0].A is not None:
         A = torch.cat([_damped(problem.A, C, q, damping) for problem in problems if problem.A is not None])
@@ -153,7 +159,8 @@ def _solve_stack(problems: Sequence[Problem], damping: float, sweeps: int, toler
             target = (W.flatten(2) @ A.view(G, C * q, C * q)).view_as(W)
         else:
             given = [problem.target.view(groups, N, C, q) for problem in problems if problem.target is not None]
-            target = torch.cat(given).to(W)
+            ridge = torch.cat([_ridge(problem.A, damping) for problem in problems if problem.A is not None])
+            target = torch.cat(given).to(W) + ridge.view(G, 1, 1, 1) * W
             W = torch.linalg.solve(A.view(G, C * q, C * q), target.flatten(2), left=False).view_as(W)
     if problems[0].B is not None:
         B = torch.cat([_root(problem.B) for problem in problems if problem.B is not None])

@@ -97,7 +97,8 @@ def _call(path: str | Path, example: np.ndarray | Tensor, threads: int | None) -
     try:
         run_onnx(running, array)
     except Exception as error:
-        raise InputError(f"{path} does not take an input of shape {tuple(array.shape)}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} does not take an input of shape {tuple(array.shape)}: {reason}") from error
     return lambda: run_onnx(running, array)
 
 

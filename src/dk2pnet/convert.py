@@ -1,0 +1,175 @@
+"""Finds the convolutions of a model and puts DK layers in their place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from dk2pnet.decompose.solve import Factors
+from dk2pnet.errors import InputError
+from dk2pnet.layer import DKConv2d
+from dk2pnet.measure import evaluation
+from dk2pnet.plan import Plan
+
+__all__ = ["Convolution", "convert", "copy_model", "find_convolutions", "replace_modules"]
+
+
+@dataclass
+class Convolution:
+    """A convolution found in a model. `reason` says why it stays dense, "" if it can be decomposed.
+
+    `positions`: output positions of one image, summed over all calls; `calls`: how often one forward pass runs it;
+    `aliases`: further names of the same module.
+    """
+
+    name: str
+    module: nn.Module
+    reason: str = ""
+    positions: int = 0
+    calls: int = 0
+    aliases: list[str] = field(default_factory=list)
+    activation: int = 0  # numbers in the largest input and output of one image, together
+
+    @property
+    def shape(self) -> str:
+        """Output channels x input channels per group x kernel, then stride and groups where they are not 1."""
+        weight = self.module.weight.shape  # type: ignore[union-attr]
+        text = "x".join(map(str, weight))
+        stride, groups = self.module.stride, self.module.groups
+        text += "" if set(stride) == {1} else " /" + "x".join(map(str, sorted(set(stride))))  # type: ignore[arg-type]
+        return text + ("" if groups == 1 else f" groups={groups}")
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one image."""
+        return self.module.weight.numel() * self.positions  # type: ignore[union-attr,operator]
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy; `InputError` where the model cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(
+            f"the model {type(model).__name__} cannot be copied ({error}); give one that copy.deepcopy accepts"
+        ) from error
+
+
+def find_convolutions(
+    model: nn.Module, example: Tensor, keep: Iterable[str] = (), first: bool = False
+) -> list[Convolution]:
+    """All convolutions in the order in which `example (1, C, H, W)` runs through them, each module once.
+
+    `keep`: names, prefixes of names or patterns with ``*`` of convolutions that stay dense. `first`: whether the
+    first convolution may be decomposed.
+    """
+    found: dict[nn.Module, Convolution] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _ConvNd):
+            if module in found:
+                found[module].aliases.append(name)
+            else:
+                found[module] = Convolution(name, module)
+    order: list[nn.Module] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        site = found[module]
+        site.calls += 1
+        site.positions += output[:, 0].numel() // len(example)
+        site.activation = max(site.activation, (args[0].numel() + output.numel()) // len(example))
+        order.append(module)
+
+    handles = [module.register_forward_hook(hook) for module in found]
+    try:
+        with evaluation(model):
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    in_order = dict.fromkeys([*order, *found])
+    weights: dict[int, list[str]] = {}
+    for site in found.values():
+        weights.setdefault(id(site.module.weight), []).append(site.name)
+    patterns = list(keep)
+    unused = set(patterns)
+    for number, module in enumerate(in_order):
+        site = found[module]
+        tied = [name for name in weights[id(module.weight)] if name != site.name]
+        site.reason = _reason(site, number == 0 and not first, tied)
+        for pattern in patterns:
+            names = [site.name, *site.aliases]
+            if any(fnmatchcase(name, pattern) or name.startswith(pattern + ".") for name in names):
+                site.reason = f"kept by --keep {pattern}"
+                unused.discard(pattern)
+    if unused:
+        names = ", ".join(found[module].name for module in list(in_order)[:6])
+        raise InputError(f"--keep {sorted(unused)[0]} matches no convolution; their names are {names}, ...")
+    return [found[module] for module in in_order]
+
+
+def _reason(site: Convolution, is_first: bool, tied: Sequence[str]) -> str:
+    module = site.module
+    if not isinstance(module, nn.Conv2d):
+        return f"{type(module).__name__} is not decomposed"
+    if type(module) is not nn.Conv2d or "weight" not in module._parameters:
+        return f"{type(module).__name__} computes its weight or its output in a way of its own"
+    if site.calls == 0:
+        return "not used by the example input"
+    if tied:
+        return f"its weight is tied to that of {tied[0]}"
+    if module.kernel_size == (1, 1):
+        return "1x1 convolution"
+    if module.groups == module.in_channels and module.in_channels > 1:
+        return "depthwise convolution"
+    return "first convolution" if is_first else ""
+
+
+def replace_modules(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in the place of old ones, in every place where an old one stands."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in layers:
+                setattr(parent, name, layers[child])
+
+
+def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None = None) -> nn.Module:
+    """A copy of `model` with a DK layer wherever `plan` gives a convolution kernels.
+
+    Without `factors` the DK layers are empty, to be filled by ``load_state_dict``. `model` itself is not changed;
+    the copy's modules are in the same modes.
+    """
+    student = copy_model(model)
+    modules = dict(student.named_modules(remove_duplicate=False))
+    layers: dict[nn.Module, nn.Module] = {}
+    for layer in plan.layers:
+        if layer.counts is None:
+            continue
+        conv = modules.get(layer.name)
+        if not isinstance(conv, nn.Conv2d):
+            raise InputError(f"the plan replaces {layer.name!r}, which is no Conv2d of this network; give the right network")
+        if factors is not None:
+            layers[conv] = DKConv2d.from_factors(conv, factors[layer.name])
+        else:
+            layers[conv] = DKConv2d(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,  # type: ignore[arg-type]
+                conv.stride,  # type: ignore[arg-type]
+                conv.padding,  # type: ignore[arg-type]
+                conv.dilation,  # type: ignore[arg-type]
+                conv.groups,
+                layer.bias,
+                conv.padding_mode,
+                counts=layer.counts,
+                device=conv.weight.device,
+                dtype=conv.weight.dtype,
+            ).train(conv.training)
+    if student in layers:  # the model is itself one convolution
+        return layers[student]
+    replace_modules(student, layers)
+    return student

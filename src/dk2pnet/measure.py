@@ -1,0 +1,152 @@
+"""Accuracy, agreement with the teacher, parameters, MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dk2pnet.errors import InputError
+from dk2pnet.layer import DKConv2d
+
+__all__ = [
+    "Predictions",
+    "accuracy",
+    "agreement",
+    "divergence",
+    "evaluation",
+    "is_classifier",
+    "macs",
+    "outputs_of",
+    "parameters",
+    "predict",
+    "use_form",
+]
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers training could change, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply-adds of convolutions and matrix products for one image, DK layers in their cheap (branch) form.
+
+    `example` is ``(1, C, H, W)``. Counted by PyTorch's own flop counter, which counts a multiply-add as two.
+    """
+    with use_form(model, "branches"), evaluation(model), FlopCounterMode(display=False) as counter:
+        model(example[:1])
+    return counter.get_total_flops() // 2
+
+
+@contextmanager
+def use_form(model: nn.Module, form: str) -> Iterator[None]:
+    """Compute every DK layer in `form` inside the block, then as before."""
+    before = {module: module.form for module in model.modules() if isinstance(module, DKConv2d)}
+    try:
+        for module in before:
+            module.form = form
+        yield
+    finally:
+        for module, old in before.items():
+            module.form = old
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; every module's mode is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Predictions:
+    """What a network answers to a set of images: `outputs` (one tensor per output), `labels` or None."""
+
+    def __init__(self, outputs: list[Tensor], labels: Tensor | None) -> None:
+        self.outputs, self.labels = outputs, labels
+
+    def __len__(self) -> int:
+        return len(self.outputs[0])
+
+
+def outputs_of(output: object) -> list[Tensor]:
+    """The tensors in a network's output: a tensor, or tuples, lists and dictionaries of tensors."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = list(output.values()) if isinstance(output, dict) else output
+    if not isinstance(parts, list | tuple):
+        raise InputError(f"the network returns {type(output).__name__}; expected a tensor, or several in a tuple or dict")
+    return [tensor for part in parts if part is not None for tensor in outputs_of(part)]
+
+
+def is_classifier(outputs: list[Tensor]) -> bool:
+    """Whether there is one row of at least two class scores per image."""
+    return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] >= 2
+
+
+def predict(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> Predictions:
+    """Run `model` in evaluation mode over normalised `batches`."""
+    rows: list[list[Tensor]] = []
+    labels: list[Tensor] = []
+    done = 0
+    with evaluation(model):
+        for x, y in batches:
+            rows.append([output.float().cpu() for output in outputs_of(model(x.to(device)))])
+            if y is not None:
+                labels.append(y.cpu())
+            done += len(x)
+            if progress is not None:
+                progress(done)
+    if not rows:
+        raise InputError("there are no images to evaluate on")
+    outputs = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    return Predictions(outputs, torch.cat(labels) if len(labels) == len(rows) else None)
+
+
+def accuracy(predictions: Predictions) -> float:
+    """Top-1 accuracy in percent."""
+    if predictions.labels is None:
+        raise InputError("the images have no labels, which accuracy needs; give a labelled data set")
+    if not is_classifier(predictions.outputs):
+        raise InputError("accuracy needs a classifier (one row of class scores per image), which this network is not")
+    scores = predictions.outputs[0]
+    if int(predictions.labels.max()) >= scores.shape[1]:
+        raise InputError(
+            f"the data has labels up to {int(predictions.labels.max())}, but the network has {scores.shape[1]} classes; "
+            "give the data set that the network was trained for"
+        )
+    return 100 * float((scores.argmax(1) == predictions.labels).double().mean())
+
+
+def agreement(teacher: Predictions, student: Predictions) -> float | None:
+    """Percentage of images whose top-1 class is the teacher's; None where the network is no classifier."""
+    if not is_classifier(teacher.outputs):
+        return None
+    return 100 * float((teacher.outputs[0].argmax(1) == student.outputs[0].argmax(1)).double().mean())
+
+
+def divergence(teacher: Predictions, student: Predictions) -> float:
+    """How far the student's outputs are from the teacher's: mean KL(teacher || student) at temperature 1 for a
+    classifier, else the squared error relative to the teacher's energy. Infinite when the student's are not finite."""
+    if is_classifier(teacher.outputs):
+        target, log_student = F.log_softmax(teacher.outputs[0].double(), 1), F.log_softmax(student.outputs[0].double(), 1)
+        value = float(F.kl_div(log_student, target, reduction="batchmean", log_target=True))
+    else:
+        error = sum(float((t - s).double().square().sum()) for t, s in zip(teacher.outputs, student.outputs, strict=True))
+        value = error / max(sum(float(t.double().square().sum()) for t in teacher.outputs), 1e-30)
+    return value if value == value else float("inf")
