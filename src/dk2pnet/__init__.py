@@ -1,1 +1,22 @@
-"""dk2pnet."""
+"""dk2pnet: make trained convolutional networks fast to run, by dominant kernels and knowledge pre-regression."""
+
+__version__ = "0.1.0"
+
+from dk2pnet.errors import InputError
+from dk2pnet.layer import DKConv2d, set_form
+from dk2pnet.plan import Budget, Plan
+
+__all__ = ["Budget", "DKConv2d", "InputError", "Plan", "Result", "compress", "load_student", "save_student", "set_form"]
+
+
+def __getattr__(name: str) -> object:
+    # What pulls in the data and export libraries is imported when first asked for.
+    if name in ("compress", "Result"):
+        from dk2pnet.pipelines import compress as module
+
+        return getattr(module, name)
+    if name in ("load_student", "save_student"):
+        from dk2pnet import student
+
+        return getattr(student, name)
+    raise AttributeError(f"module 'dk2pnet' has no attribute {name!r}")

@@ -111,6 +111,9 @@ class Normalization:
             ) from None
         return cls(tuple(mean), tuple(std))
 
+    def __str__(self) -> str:
+        return "/".join(",".join(map(str, numbers)) for numbers in (self.mean, self.std))
+
     def to_dict(self) -> dict[str, list[float]]:
         """Plain data for JSON: ``{"mean": [...], "std": [...]}``."""
         return {"mean": list(self.mean), "std": list(self.std)}

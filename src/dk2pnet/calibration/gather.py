@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
 
-__all__ = ["gather_moments", "inference_of", "input_patches"]
+__all__ = ["gather_moments", "inference_of", "input_patches", "sampled_outputs"]
 
 # Patches are copied in pieces of about this many bytes.
 _PIECE_BYTES = 64 * 2**20
@@ -101,6 +101,15 @@ def input_patches(conv: nn.Conv2d, x: Tensor, first_index: int = 0, positions: i
     else:
         picked = windows.permute(0, 2, 3, 1, 4, 5)
     return picked.reshape(-1, conv.groups, x.shape[1] // conv.groups * kh * kw)
+
+
+def sampled_outputs(y: Tensor, first_index: int, positions: int, seed: int) -> Tensor:
+    """``y (B, N, H, W)`` at the positions that `input_patches` samples for these images, ``(B, P, N)``."""
+    rows = y.permute(0, 2, 3, 1).flatten(1, 2)
+    if 0 < positions < rows.shape[1]:
+        where = _positions(first_index, len(y), rows.shape[1], positions, seed).to(y.device)
+        rows = rows[torch.arange(len(y), device=y.device).unsqueeze(1), where]
+    return rows.contiguous()
 
 
 # -- inside -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+# Everything lives in .venv; PYTHON may name another interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test lint benchmarks tables clean
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python benchmarks/demo.py
+
+test: $(READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Quick enough to repeat often; each script says what it needs.
+benchmarks: $(READY)
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/criteria.py
+	$(BIN)/python benchmarks/large_layers.py
+	$(BIN)/python benchmarks/export.py
+
+# The tables in README.md and docs/results.md, from the JSON that the benchmarks wrote.
+tables: $(READY)
+	$(BIN)/python benchmarks/tables.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,104 @@
+"""The demo: train a small network on scikit-learn's digits, compress it under every criterion, train it with KP.
+
+Everything is exported and timed in ONNX Runtime; writes benchmarks/results/demo.json and prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+import dk2pnet
+from dk2pnet.deploy.latency import compare_latency
+from dk2pnet.deploy.onnx import export_onnx
+from dk2pnet.measure import macs, parameters
+from dk2pnet.pipelines.evaluate import evaluate
+from dk2pnet.pipelines.inputs import environment
+from dk2pnet.pipelines.train import train_network
+from dk2pnet.report.tables import format_count, rich_table
+from dk2pnet.training.trainer import TrainingOptions
+
+BUDGET = "macs=0.15"
+RESULTS = Path(__file__).parent / "results"
+HEADER = ("network", "accuracy", "parameters", "MACs", "ONNX file", "latency")
+
+
+def main() -> None:
+    console = Console()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="dk2pnet-demo-") as folder:
+        rows = run(Path(folder), console)
+    result = {
+        "budget": BUDGET,
+        "rows": rows,
+        "seconds": round(time.perf_counter() - start, 1),
+        **environment(torch.device("cpu")),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print(rich_table(f"vgg8 on digits, budget {BUDGET}", HEADER, table_rows(rows)))
+    console.print(
+        f"Accuracy on {rows[0]['images']} test images, in ONNX Runtime; latency of one image, interleaved medians; "
+        f"{result['seconds']:.0f} s in all."
+    )
+
+
+def run(folder: Path, console: Console) -> list[dict]:
+    """Train, compress, export, evaluate, time."""
+    teacher = folder / "teacher"
+    console.print("training the teacher ...")
+    train_network("vgg8", "digits", teacher, options=TrainingOptions(epochs=8, learning_rate=0.05, batch_size=64))
+    model, plan = dk2pnet.load_student(teacher)
+    assert plan.input_shape is not None
+    example = torch.zeros(1, *plan.input_shape)
+    export_onnx(
+        model,
+        example,
+        teacher / "model.onnx",
+        metadata={"normalization": json.dumps(plan.normalization), "input_shape": json.dumps(plan.input_shape)},
+    )
+    rows = [{"name": "teacher", "parameters": parameters(model), "macs": macs(model, example), "folder": teacher}]
+    for criterion, epochs in (("weight", 0), ("response", 0), ("loss", 0), ("loss", 4)):
+        name = criterion + (" + KP" if epochs else "")
+        console.print(f"compressing: {name} ...")
+        out = folder / name.replace(" ", "")
+        result = dk2pnet.compress(
+            str(teacher), BUDGET, criterion, "digits", epochs=epochs, batch_size=64, learning_rate=0.02, out=out
+        )
+        student = result.metrics["student"]
+        rows.append({"name": name, "parameters": student["parameters"], "macs": student["macs"], "folder": out})
+    files = {row["name"]: row["folder"] / "model.onnx" for row in rows}
+    console.print("timing in ONNX Runtime ...")
+    times = compare_latency(files, example.numpy(), threads=1)
+    for row in rows:
+        path = files[row["name"]]
+        figures = evaluate(str(path), "digits")
+        row |= {"accuracy": figures["accuracy"], "images": figures["images"], "onnx_bytes": figures["bytes"]}
+        row |= {"latency_ms": times[row["name"]].median_ms}
+        del row["folder"]
+    return rows
+
+
+def table_rows(rows: list[dict]) -> list[tuple[str, ...]]:
+    """The table's cells; latency beside the teacher's."""
+    dense = rows[0]["latency_ms"]
+    return [
+        (
+            row["name"],
+            f"{row['accuracy']:.1f} %",
+            format_count(row["parameters"]),
+            format_count(row["macs"]),
+            f"{row['onnx_bytes'] / 1024:.0f} KiB",
+            f"{row['latency_ms']:.3f} ms ({dense / row['latency_ms']:.1f}x)",
+        )
+        for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dk2pnet.errors import InputError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make trained convolutional networks fast to run: dominant kernels, knowledge pre-regression, proof.",
+)
+console = Console()
+
+
+def _read_recipe(context: typer.Context, value: Path | None) -> Path | None:
+    """Take the options of a recipe as defaults, so that those on the command line win."""
+    if value is None:
+        return None
+    try:
+        options = yaml.safe_load(value.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"recipe {value} cannot be read ({str(error).splitlines()[0]}); give a recipe.yaml") from error
+    if not isinstance(options, dict):
+        raise InputError(f"recipe {value} holds no options; expected a recipe.yaml that dk2pnet wrote")
+    known = {parameter.name for parameter in context.command.params}
+    unknown = sorted(str(key) for key in set(options) - known)
+    if unknown:
+        raise InputError(f"recipe {value} has the option {unknown[0]!r}, which {context.info_name} does not know; remove it")
+    given = {key: option for key, option in options.items() if option is not None}
+    context.default_map = {**(context.default_map or {}), **given}
+    return value
+
+
+Model = Annotated[
+    str,
+    typer.Option(help="resnet20 ... resnet110, vgg8, lenet, torchvision/NAME, timm/NAME, FILE.py:FUNCTION or an OUT folder."),
+]
+Data = Annotated[str | None, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")]
+DataDir = Annotated[str | None, typer.Option(help="Folder with local copies of data sets (or DK2PNET_DATA).")]
+Weights = Annotated[str | None, typer.Option(help="A .safetensors, .pt, .pth or .th file, or 'pretrained'.")]
+Normalize = Annotated[str | None, typer.Option(help="imagenet, cifar10, ... or MEAN,.../STD,... of pixels in [0, 1].")]
+InputSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+Classes = Annotated[int | None, typer.Option(help="Number of classes, where the data does not say it.")]
+BatchSize = Annotated[int, typer.Option(help="Images per training step.")]
+Precision = Annotated[str, typer.Option(help="fp32 or bf16, for training.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of PyTorch and ONNX Runtime.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; must not exist.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an OUT folder of an earlier run.")]
+Recipe = Annotated[
+    Path | None,
+    typer.Option(help="recipe.yaml of an earlier run; options given here win.", is_eager=True, callback=_read_recipe),
+]
+
+
+@app.command()
+def compress(
+    context: typer.Context,
+    model: Model,
+    out: Out,
+    data: Data = None,
+    weights: Weights = None,
+    normalize: Normalize = None,
+    budget: Annotated[
+        str, typer.Option(help="macs=F or params=F (fraction of the network's), or kernels=K per input channel.")
+    ] = "macs=0.44",
+    criterion: Annotated[str, typer.Option(help="loss, response or weight (needs no images).")] = "loss",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Convolutions that stay dense: a name, its beginning, or a pattern. Repeatable.")
+    ] = None,
+    first: Annotated[bool, typer.Option("--first", help="Decompose the first convolution too.")] = False,
+    calibration_images: Annotated[int, typer.Option(help="Training images, labels unused; a fifth only decides.")] = 2000,
+    memory: Annotated[float, typer.Option(help="GiB for statistics of the layers.")] = 2.0,
+    epochs: Annotated[int, typer.Option(help="Epochs of training (KP, distillation, labels) after the decomposition.")] = 0,
+    batch_size: BatchSize = 128,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Learning rate of the training.")] = 0.02,
+    precision: Precision = "fp32",
+    data_dir: DataDir = None,
+    input_size: InputSize = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    recipe: Recipe = None,
+) -> None:
+    """Compress a trained CNN: a smaller network as safetensors and ONNX, with a report of what was gained and lost."""
+    from dk2pnet.pipelines.compress import compress as run
+    from dk2pnet.report.tables import comparison_rows, rich_table
+
+    with _progress() as progress:
+        result = run(
+            model,
+            budget,
+            criterion,
+            data,
+            weights=weights,
+            normalize=normalize,
+            data_dir=data_dir,
+            input_size=input_size,
+            classes=classes,
+            keep=keep or [],
+            first=first,
+            calibration_images=calibration_images,
+            memory=memory,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            precision=precision,
+            seed=seed,
+            device=device,
+            threads=threads,
+            out=out,
+            overwrite=overwrite,
+            command=_command(),
+            progress=progress,
+        )
+    console.print(result.plan.summary(), highlight=False, soft_wrap=True)
+    console.print(rich_table("", ("", "teacher", "student", "change"), comparison_rows(result.metrics)))
+    for decision in result.metrics["decisions"]:
+        console.print(
+            f"{decision['what']}: {decision['measure']} {decision['before']:.4g} -> {decision['after']:.4g}, "
+            f"{'kept' if decision['kept'] else 'not kept'}",
+            highlight=False,
+        )
+    console.print(f"Written to {out}: model.safetensors, plan.json, model.onnx, report.html, metrics.json, recipe.yaml")
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[str, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")],
+    out: Out,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 20,
+    batch_size: BatchSize = 128,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of weights (not of biases and norms).")] = 5e-4,
+    precision: Precision = "fp32",
+    weights: Weights = None,
+    normalize: Normalize = None,
+    data_dir: DataDir = None,
+    input_size: InputSize = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    recipe: Recipe = None,
+) -> None:
+    """Train a network on labelled images."""
+    from dk2pnet.pipelines.train import train_network
+    from dk2pnet.training.trainer import TrainingOptions
+
+    options = TrainingOptions(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        precision=precision,
+        seed=seed,
+    )
+    recipe_options = {
+        key: value for key, value in context.params.items() if key not in ("out", "overwrite", "recipe") and _is_plain(value)
+    }
+    with _progress() as progress:
+        metrics = train_network(
+            model,
+            data,
+            out,
+            weights=weights,
+            normalize=normalize,
+            data_dir=data_dir,
+            input_size=input_size,
+            classes=classes,
+            options=options,
+            device=device,
+            threads=threads,
+            overwrite=overwrite,
+            command=_command(),
+            recipe=recipe_options,
+            progress=progress,
+        )
+    figures = metrics["network"]
+    test = "no test split" if figures["accuracy"] is None else f"test accuracy {figures['accuracy']:.2f} %"
+    console.print(f"{test}, validation accuracy {figures['validation_accuracy']:.2f} %", highlight=False)
+    console.print(f"Written to {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="A network by name (with --weights), an OUT folder, or an .onnx file.")],
+    data: Annotated[str, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")],
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
+    weights: Weights = None,
+    normalize: Normalize = None,
+    data_dir: DataDir = None,
+    input_size: InputSize = None,
+    classes: Classes = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Measure the accuracy of a network, of an OUT folder, or of an ONNX file in ONNX Runtime."""
+    from dk2pnet.pipelines.evaluate import evaluate as run
+    from dk2pnet.report.tables import format_count
+
+    with _progress() as progress:
+        figures = run(
+            model,
+            data,
+            split=split,
+            weights=weights,
+            normalize=normalize,
+            data_dir=data_dir,
+            input_size=input_size,
+            classes=classes,
+            batch_size=batch_size,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+    text = f"accuracy {figures['accuracy']:.2f} % of {figures['images']} images"
+    for name in ("parameters", "macs", "bytes"):
+        if name in figures:
+            text += f", {'MACs' if name == 'macs' else name} {format_count(figures[name])}"
+    console.print(text, highlight=False)
+
+
+def main() -> None:
+    """Entry point: input errors are one sentence and exit code 2."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped; nothing was written.")
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _command() -> str:
+    return shlex.join(["dk2pnet", *sys.argv[1:]])
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | list)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Bars with the time left; one per step, finished ones stay."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            step = what.split(",")[0] if what.startswith("training") else what
+            if step not in tasks or (tasks[step][1] > done and done > 0):
+                tasks[step] = [bars.add_task(what, total=total or None), done]
+            bars.update(tasks[step][0], completed=done, total=total or None, description=what)
+            tasks[step][1] = done
+
+        yield show
+
+
+if __name__ == "__main__":
+    main()

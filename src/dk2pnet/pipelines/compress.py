@@ -1,0 +1,717 @@
+"""The whole way: calibrate, select, solve, replace, correct, train, export, measure, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dk2pnet import __version__
+from dk2pnet.calibration.gather import gather_moments
+from dk2pnet.calibration.reconstruct import reconstruct
+from dk2pnet.calibration.statistics import correct_biases, has_batch_norm, reestimate_batch_norm
+from dk2pnet.calibration.store import MomentStore
+from dk2pnet.convert import Convolution, convert, copy_model, find_convolutions
+from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_split, split_training
+from dk2pnet.decompose.select import Candidate, cheapest, select, uniform
+from dk2pnet.decompose.solve import Factors, Problem, solve_many, spectrum
+from dk2pnet.deploy.latency import compare_latency
+from dk2pnet.deploy.onnx import check_onnx, export_onnx
+from dk2pnet.errors import InputError
+from dk2pnet.measure import (
+    Predictions,
+    accuracy,
+    agreement,
+    divergence,
+    is_classifier,
+    macs,
+    outputs_of,
+    parameters,
+    predict,
+)
+from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
+from dk2pnet.pipelines.inputs import (
+    Network,
+    Progress,
+    augmentation_for,
+    batch_size_for,
+    environment,
+    load_data,
+    open_network,
+    pick_device,
+    silent,
+)
+from dk2pnet.plan import Budget, LayerPlan, Plan
+from dk2pnet.report.page import write_page
+from dk2pnet.student import save_student
+from dk2pnet.training.trainer import TrainingOptions, train
+
+__all__ = ["CRITERIA", "Result", "compress"]
+
+# What a criterion needs: moments of the inputs (A), and gradients at the outputs (B).
+CRITERIA = {"weight": (False, False), "response": (True, False), "loss": (True, True)}
+
+# Layers whose A is larger than this are solved one at a time.
+_LARGE = 16 * 2**20
+# Where not all images fit into memory at once, the layer-by-layer reconstruction makes do with so many of them.
+_RECONSTRUCTION_IMAGES = 256
+
+_Batches = Iterable[tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class Result:
+    """What `compress` returns: the student in evaluation mode, the plan that made it, and every figure."""
+
+    model: nn.Module
+    plan: Plan
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Images:
+    """The images of a run, as normalised batches. `held_out` decides, `test` only reports."""
+
+    gather: _Batches
+    held_out: _Batches
+    counts: dict[str, int]
+    test: _Batches | None = None
+    train: ImageData | UserBatches | None = None
+
+
+def compress(
+    model: str | nn.Module,
+    budget: str | Budget = "macs=0.44",
+    criterion: str = "loss",
+    data: str | Iterable[Any] | None = None,
+    *,
+    weights: str | None = None,
+    normalize: str | Normalization | None = None,
+    data_dir: str | None = None,
+    test_data: Iterable[Any] | None = None,
+    example_input: Tensor | None = None,
+    input_size: int | None = None,
+    classes: int | None = None,
+    keep: Sequence[str] = (),
+    first: bool = False,
+    calibration_images: int = 2000,
+    memory: float = 2.0,
+    epochs: int = 0,
+    batch_size: int = 128,
+    learning_rate: float = 0.02,
+    precision: str = "fp32",
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+    progress: Progress = silent,
+) -> Result:
+    """Make a trained CNN smaller and faster by dominant kernels.
+
+    Example::
+
+        result = dk2pnet.compress(model, budget="macs=0.44", data=loader)      # loader: batches of normalised images
+        result.model, result.plan, result.metrics["student"]["macs"]
+
+    Parameters
+    ----------
+    model : a module, the name of a network (``resnet32``, ``torchvision/resnet18``, ``timm/...``, ``FILE.py:FUNCTION``)
+        or a folder that dk2pnet wrote. A module given is not changed.
+    budget : ``macs=F`` or ``params=F`` (fraction of the whole network's) or ``kernels=K`` (per input channel)
+    criterion : ``weight`` (needs no images), ``response`` (images) or ``loss`` (images and a classifier)
+    data : name of a data set, a folder, or a re-iterable of normalised batches ``x`` or ``(x, y)``, x (B, C, H, W)
+    weights : file with the weights of a named network, or "pretrained"
+    normalize : of the images of a named data set: a preset or ``MEAN,.../STD,...``
+    test_data : labelled batches for the report, where `data` are batches
+    example_input : one normalised image ``(1, C, H, W)``; enough for ``weight`` without training
+    keep, first : convolutions that stay dense (names or patterns); whether the first one may be decomposed
+    calibration_images : images of the training split, labels unused; a fifth of them only decides
+    memory : GiB for the moments (and again for the activations of the reconstruction)
+    epochs, batch_size, learning_rate, precision : of the training after the decomposition, 0 epochs for none
+    out : folder to write; None writes nothing and measures no latency
+    command : the command line, for the report
+
+    Raises
+    ------
+    InputError
+        One sentence that says what was given, what was expected and what to do.
+    """
+    asked = dict(locals())
+    wanted = Budget.parse(budget)
+    if criterion not in CRITERIA:
+        raise InputError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}")
+    if calibration_images < 2 or memory <= 0 or epochs < 0:
+        raise InputError(
+            f"calibration images {calibration_images}, memory {memory:g} GiB, epochs {epochs}; expected at least 2 images, "
+            "memory above 0 and no negative epochs"
+        )
+    check_out(out, overwrite)
+    chosen = pick_device(device, threads)
+    clock = _Clock()
+
+    named = data if isinstance(data, str) else None
+    training_split = load_data(named, "train", model, data_dir=data_dir, input_size=input_size) if named else None
+    if named and training_split is None:
+        raise InputError(f"data set {named!r} has no training split, which calibration reads; give a folder train/ of images")
+    network = open_network(model, weights=weights, normalize=normalize, data=training_split, classes=classes)
+    teacher = copy_model(network.model).eval().to(chosen)
+    images = None
+    if training_split is not None:
+        test = load_data(named, "test", model, data_dir=data_dir, input_size=input_size)  # type: ignore[arg-type]
+        images = _named_images(training_split, test, network, calibration_images)
+    elif data is not None:
+        images = _user_images(data, test_data, calibration_images)
+    needs_images, needs_gradients = CRITERIA[criterion]
+    if images is None and (needs_images or epochs):
+        what = f"criterion {criterion!r}" if needs_images else "training"
+        raise InputError(f"{what} needs images and none were given; give --data, or use --criterion weight --epochs 0")
+    example = _example(example_input, images, network, input_size).to(chosen)
+    _check_output(teacher, example, criterion)
+
+    sites = find_convolutions(teacher, example, keep, first)
+    open_sites = {site.name: site for site in sites if not site.reason}
+    if not open_sites:
+        raise InputError("the network has no convolution that can be decomposed: " + _reasons(sites))
+    teacher_macs, teacher_parameters = macs(teacher, example), parameters(teacher)
+    teacher_held = None
+    if images is not None:
+        teacher_held = predict(teacher, images.held_out, chosen)
+        if not all(bool(torch.isfinite(output).all()) for output in teacher_held.outputs):
+            raise InputError(
+                "the network's outputs are not finite on the calibration images; check the weights and the normalisation"
+            )
+
+    with MomentStore() as store:
+        energies = {}
+        if needs_images:
+            assert images is not None
+            total_images = images.counts["calibration"]
+            groups = gather_moments(
+                teacher,
+                {name: site.module for name, site in open_sites.items()},  # type: ignore[misc]
+                images.gather,
+                gradients=needs_gradients,
+                memory=int(memory * 2**30),
+                seed=seed,
+                device=chosen,
+                progress=lambda what, done: progress(f"moments, {what}", done, total_images),
+            )
+            while (group := clock.time("moments", lambda: next(groups, None))) is not None:
+                store.add_group(group)
+                with clock("spectra"):
+                    energies |= {name: _energies(open_sites[name], store, criterion) for name in group}
+        else:
+            with clock("spectra"):
+                energies = {name: _energies(site, None, criterion) for name, site in open_sites.items()}
+        counts = _spend(wanted, open_sites, energies, teacher_macs, teacher_parameters)
+        replaced = {name: count for name, count in counts.items() if count is not None}
+        plan = _plan(sites, counts, energies, network, example, criterion, wanted, teacher_macs, teacher_parameters)
+        progress("solving", 0, len(replaced))
+        with clock("solve"):
+            factors = _solve(replaced, open_sites, store, criterion, progress)
+        decisions: list[dict[str, Any]] = []
+        student = convert(teacher, plan, factors)
+        if needs_images and replaced:
+            assert images is not None
+            assert teacher_held is not None
+            fisher = {name: store[name].B() for name in replaced}
+            with clock("reconstruct"):
+                better = _reconstructed(
+                    teacher, plan, factors, sites, replaced, fisher, images, int(memory * 2**30), seed, chosen, progress
+                )
+            student = _keep_better(
+                "layer-by-layer reconstruction", student, better, teacher_held, images, chosen, decisions
+            )
+    if needs_images and replaced:
+        assert images is not None
+        assert teacher_held is not None
+        with clock("correct"):
+            corrected = copy_model(student)
+            if has_batch_norm(student):
+                what = "batch-norm re-estimation"
+                reestimate_batch_norm(corrected, images.gather, chosen)
+            else:
+                what = "bias correction"
+                correct_biases(corrected, teacher, [site.name for site in sites], images.gather, chosen)
+            student = _keep_better(what, student, corrected, teacher_held, images, chosen, decisions)
+
+    stages: list[dict[str, Any]] = []
+    figures = _Figures(teacher, teacher_held, images, chosen, progress)
+    stages.append({"name": "teacher", **figures.of(teacher)})
+    stages.append({"name": "closed form", **figures.of(student)})
+    if epochs:
+        assert images is not None
+        options = TrainingOptions(
+            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, precision=precision, seed=seed
+        )
+        with clock("train"):
+            _train(student, teacher, images, named, network, options, example, chosen, progress)
+        stages.append({"name": "trained", **figures.of(student)})
+
+    student.eval()
+    metrics: dict[str, Any] = {
+        "teacher": stages[0] | {"parameters": teacher_parameters, "macs": teacher_macs},
+        "student": stages[-1] | {"parameters": parameters(student), "macs": macs(student, example)},
+        "stages": stages,
+        "layers": [_layer_figures(layer) for layer in plan.layers],
+        "decisions": decisions,
+        "run": {
+            "command": command or "dk2pnet.compress(...)",
+            "seed": seed,
+            "criterion": criterion,
+            "budget": str(wanted),
+            "images": images.counts if images else {},
+            "seconds": clock.seconds,
+            **environment(chosen),
+        },
+    }
+    for side in ("teacher", "student"):
+        metrics[side] = {"onnx_bytes": None, "latency_ms": None} | metrics[side]
+        del metrics[side]["name"]
+    if out is not None:
+        left_out = ("command", "progress", "overwrite", "out", "test_data", "example_input")
+        options_asked = {key: value for key, value in asked.items() if key not in left_out}
+        _write(Path(out), overwrite, teacher, student, plan, metrics, example, options_asked, threads, clock, progress)
+    return Result(student, plan, metrics)
+
+
+# -- the steps, in order --------------------------------------------------------------------------------------------
+
+
+def _named_images(training: ImageData, test: ImageData | None, network: Network, count: int) -> _Images:
+    if network.normalization is None:
+        raise InputError(
+            "the normalisation that the network was trained with is not known; give it with --normalize "
+            "(imagenet, cifar10, ... or MEAN,.../STD,...)"
+        )
+    norm = network.normalization
+    norm.check(training.channels)
+    kept, _ = split_training(training)
+    gather, held_out = calibration_split(kept, count)
+    size = batch_size_for(training.size)
+    counts = {"calibration": len(gather), "held out": len(held_out)}
+    test_batches = None
+    if test is not None and test.labels is not None:
+        counts["test"] = len(test)
+        test_batches = test.batches(size, norm)
+    return _Images(gather.batches(size, norm), held_out.batches(size, norm), counts, test_batches, kept)
+
+
+def _user_images(data: Iterable[Any], test_data: Iterable[Any] | None, count: int) -> _Images:
+    batches = UserBatches(data)
+    gather, held_out = batches.calibration_split(count)
+    counts = {"calibration": sum(len(x) for x, _ in gather), "held out": sum(len(x) for x, _ in held_out)}
+    return _Images(gather, held_out, counts, None if test_data is None else UserBatches(test_data), batches)
+
+
+def _example(given: Tensor | None, images: _Images | None, network: Network, input_size: int | None) -> Tensor:
+    if given is not None:
+        if given.dim() != 4 or not given.is_floating_point():
+            raise InputError(
+                f"example_input is {given.dtype} of shape {tuple(given.shape)}; expected a float tensor (1, C, H, W)"
+            )
+        return given[:1].detach()
+    if images is not None:
+        return next(iter(images.gather))[0][:1]
+    shape = network.plan.input_shape if network.plan is not None else None
+    if shape is None and input_size is not None:
+        shape = [(network.spec or {}).get("in_channels") or 3, input_size, input_size]
+    if shape is None:
+        raise InputError("the size of the images is not known; give --data or --input-size (in Python: example_input)")
+    return torch.zeros(1, *shape)
+
+
+def _check_output(teacher: nn.Module, example: Tensor, criterion: str) -> None:
+    try:
+        outputs = outputs_of(predict(teacher, [(example, None)], example.device).outputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the network cannot run an image of shape {tuple(example.shape)} ({str(error).splitlines()[0]}); "
+            "give images of its size (--input-size)"
+        ) from error
+    if criterion == "loss" and not is_classifier(outputs):
+        shapes = " and ".join(str(tuple(output.shape)) for output in outputs)
+        raise InputError(
+            "criterion 'loss' needs a classifier (one row of class scores per image), but the network returns "
+            f"{shapes}; use --criterion response"
+        )
+
+
+def _moments(site: Convolution, store: MomentStore | None, criterion: str) -> tuple[Tensor | None, Tensor | None]:
+    if store is None or criterion == "weight":
+        return None, None
+    moments = store[site.name]
+    return moments.A(), moments.B()
+
+
+def _energies(site: Convolution, store: MomentStore | None, criterion: str) -> Tensor:
+    """Energies of the candidate kernels, comparable between layers: `loss` is so by construction, the others are
+    divided by the energy of the layer."""
+    conv = site.module
+    assert isinstance(conv, nn.Conv2d)
+    A, B = _moments(site, store, criterion)
+    energies = spectrum(conv.weight, A, B, conv.groups)
+    if criterion != "loss":
+        W = conv.weight.detach().double().cpu().view(conv.groups, -1, conv.weight[0].numel())
+        total = float((W * (W if A is None else W @ A)).sum())
+        energies = energies / max(total, 1e-300)
+    return energies
+
+
+def _spend(
+    budget: Budget,
+    sites: Mapping[str, Convolution],
+    energies: Mapping[str, Tensor],
+    total_macs: int,
+    total_parameters: int,
+) -> dict[str, Tensor | None]:
+    """Kernels per channel for every convolution that can be decomposed."""
+    in_macs = budget.kind != "params"
+    candidates = {}
+    for name, site in sites.items():
+        conv = site.module
+        assert isinstance(conv, nn.Conv2d)
+        unit = site.positions if in_macs else 1
+        q = conv.kernel_size[0] * conv.kernel_size[1]
+        kernel = (conv.groups * q + conv.out_channels) * unit
+        candidates[name] = Candidate(energies[name], kernel, conv.weight.numel() * unit)
+    if budget.kind == "kernels":
+        return uniform(candidates, int(budget.value))
+    total = total_macs if in_macs else total_parameters
+    fixed = total - sum(candidate.dense_cost for candidate in candidates.values())
+    least = cheapest(candidates) + fixed
+    if budget.value * total < least:
+        raise InputError(
+            f"budget {budget} cannot be reached: one kernel in every layer that can be decomposed gives "
+            f"{budget.kind}={_round_up(least / total)}; give at least that, or let the first convolution go too (--first)"
+        )
+    return select(candidates, budget.value * total - fixed)
+
+
+def _round_up(value: float) -> str:
+    return f"{-(-value * 1000 // 1) / 1000:.3f}"
+
+
+def _plan(
+    sites: Sequence[Convolution],
+    counts: Mapping[str, Tensor | None],
+    energies: Mapping[str, Tensor],
+    network: Network,
+    example: Tensor,
+    criterion: str,
+    budget: Budget,
+    total_macs: int,
+    total_parameters: int,
+) -> Plan:
+    plan = Plan(
+        network=network.spec,
+        input_shape=list(example.shape[1:]),
+        normalization=network.normalization.to_dict() if network.normalization else None,
+        criterion=criterion,
+        budget=str(budget),
+        macs_dense=total_macs,
+        macs=total_macs,
+        parameters_dense=total_parameters,
+        parameters=total_parameters,
+    )
+    for site in sites:
+        size = site.module.weight.numel()  # type: ignore[union-attr,operator]
+        layer = LayerPlan(site.name, site.shape, site.reason, None, False, site.macs, site.macs, size, size)
+        layer.aliases = site.aliases
+        layer.bias = site.module.bias is not None
+        count = counts.get(site.name)
+        if count is not None:
+            conv = site.module
+            assert isinstance(conv, nn.Conv2d)
+            layer.counts = count.tolist()
+            q = conv.kernel_size[0] * conv.kernel_size[1]
+            layer.parameters = int(count.sum()) * (q + conv.out_channels // conv.groups)
+            layer.macs = layer.parameters * site.positions
+            spectrum_ = energies[site.name].flatten(0, 1)
+            kept = sum(float(row[: int(n)].sum()) for row, n in zip(spectrum_, count, strict=True))
+            layer.energy_kept = kept / max(float(spectrum_.sum()), 1e-300)
+        elif not site.reason:
+            layer.reason = "dominant kernels would not be cheaper"
+        plan.macs += layer.macs - layer.macs_dense
+        plan.parameters += layer.parameters - layer.parameters_dense
+        plan.layers.append(layer)
+    return plan
+
+
+def _solve(
+    counts: Mapping[str, Tensor],
+    sites: Mapping[str, Convolution],
+    store: MomentStore,
+    criterion: str,
+    progress: Progress,
+) -> dict[str, Factors]:
+    """Small layers together (same shapes side by side), large ones one at a time, so that memory stays bounded."""
+
+    def problem(name: str) -> Problem:
+        conv = sites[name].module
+        assert isinstance(conv, nn.Conv2d)
+        A, B = _moments(sites[name], store, criterion)
+        return Problem(conv.weight, counts[name], A, B, conv.groups)
+
+    def size(name: str) -> int:
+        conv = sites[name].module
+        return 8 * conv.groups * conv.weight[0].numel() ** 2  # type: ignore[union-attr,operator,index]
+
+    small = [name for name in counts if size(name) <= _LARGE]
+    factors = dict(zip(small, solve_many([problem(name) for name in small]), strict=True))
+    progress("solving", len(factors), len(counts))
+    for name in counts:
+        if name not in factors:
+            factors[name] = solve_many([problem(name)])[0]
+            progress("solving", len(factors), len(counts))
+    return factors
+
+
+def _reconstructed(
+    teacher: nn.Module,
+    plan: Plan,
+    factors: Mapping[str, Factors],
+    sites: Sequence[Convolution],
+    counts: Mapping[str, Tensor],
+    fisher: Mapping[str, Tensor | None],
+    images: _Images,
+    memory: int,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+) -> nn.Module:
+    """The student of the asymmetric reconstruction."""
+    dense = copy_model(teacher)
+    modules = dict(dense.named_modules())
+    converted = dict(convert(teacher, plan, factors).named_modules())
+    with torch.no_grad():
+        for name in counts:
+            modules[name].weight.copy_(converted[name].fold())  # type: ignore[union-attr,operator]
+    images_used = images.counts["calibration"]
+    batches: _Batches = images.gather
+    activation = max(site.activation for site in sites)
+    if 4 * 3 * activation * images_used > memory / 2 and images_used > _RECONSTRUCTION_IMAGES:
+        images_used, batches = _RECONSTRUCTION_IMAGES, _Head(images.gather, _RECONSTRUCTION_IMAGES)
+    found = reconstruct(
+        teacher,
+        dense,
+        sites,
+        counts,
+        fisher,
+        batches,
+        images=images_used,
+        memory=memory,
+        seed=seed,
+        device=device,
+        progress=lambda done: progress("layer-by-layer reconstruction", done, len(counts)),
+    )
+    return convert(teacher, plan, {**factors, **found})
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The first `count` images of batches."""
+
+    batches: _Batches
+    count: int
+
+    def __iter__(self) -> Any:
+        left = self.count
+        for x, y in self.batches:
+            yield x[:left], None if y is None else y[:left]
+            left -= len(x)
+            if left <= 0:
+                return
+
+
+def _keep_better(
+    what: str,
+    before: nn.Module,
+    after: nn.Module,
+    teacher_held: Predictions,
+    images: _Images,
+    device: torch.device,
+    decisions: list[dict[str, Any]],
+) -> nn.Module:
+    """The one of two students whose outputs on the held-out images are closer to the teacher's."""
+    old, new = (divergence(teacher_held, predict(model, images.held_out, device)) for model in (before, after))
+    measure = "KL(teacher || student)" if is_classifier(teacher_held.outputs) else "relative squared error"
+    decisions.append({"what": what, "before": old, "after": new, "kept": new < old, "measure": measure})
+    return after if new < old else before
+
+
+class _Figures:
+    """Accuracy on the test split and agreement on the held-out images."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        teacher_held: Predictions | None,
+        images: _Images | None,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.teacher, self.teacher_held, self.images = teacher, teacher_held, images
+        self.device, self.progress = device, progress
+
+    def of(self, model: nn.Module) -> dict[str, float | None]:
+        """Figures of one network; None where they cannot be had."""
+        figures: dict[str, float | None] = {"accuracy": None, "agreement": None}
+        if self.images is None:
+            return figures
+        if self.teacher_held is not None and model is not self.teacher:
+            held = predict(model, self.images.held_out, self.device)
+            if not all(bool(torch.isfinite(output).all()) for output in held.outputs):
+                raise InputError(
+                    "the compressed network's outputs are not finite; give more calibration images or a larger budget"
+                )
+            figures["agreement"] = agreement(self.teacher_held, held)
+        if self.images.test is not None:
+            total = self.images.counts.get("test", 0)
+            predictions = predict(
+                model, self.images.test, self.device, lambda done: self.progress("evaluating", done, total)
+            )
+            self.images.counts["test"] = len(predictions)
+            if predictions.labels is not None and is_classifier(predictions.outputs):
+                figures["accuracy"] = accuracy(predictions)
+        return figures
+
+
+def _train(
+    student: nn.Module,
+    teacher: nn.Module,
+    images: _Images,
+    name: str | None,
+    network: Network,
+    options: TrainingOptions,
+    example: Tensor,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    data = images.train
+    if isinstance(data, ImageData):
+        assert network.normalization is not None
+        normalization, augment = network.normalization, augmentation_for(name or "")
+
+        def epoch_of(epoch: int) -> _Batches:
+            return data.batches(
+                options.batch_size, normalization, augment=augment, shuffle=True, seed=options.seed, epoch=epoch
+            )
+
+        steps = -(-len(data) // options.batch_size)
+    else:
+        assert data is not None
+
+        def epoch_of(epoch: int) -> _Batches:
+            return data
+
+        steps = sum(1 for _ in data)
+
+    def show(step: int, total: int, terms: dict[str, float]) -> None:
+        progress(f"training, loss {terms['loss']:.3f}", step, total)
+
+    train(
+        student, epoch_of, options, example=example, steps_per_epoch=steps, teacher=teacher, device=device, progress=show
+    )
+
+
+def _layer_figures(layer: LayerPlan) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": "dense" if layer.counts is None else "dk",
+        "reason": layer.reason,
+        "shape": layer.shape,
+        "kernels": layer.kernels,
+        "counts": layer.counts,
+        "branches": layer.branches,
+        "macs_dense": layer.macs_dense,
+        "macs": layer.macs,
+        "energy_kept": layer.energy_kept,
+    }
+
+
+def _write(
+    out: Path,
+    overwrite: bool,
+    teacher: nn.Module,
+    student: nn.Module,
+    plan: Plan,
+    metrics: dict[str, Any],
+    example: Tensor,
+    options: Mapping[str, Any],
+    threads: int | None,
+    clock: _Clock,
+    progress: Progress,
+) -> None:
+    """Export, check, measure, and write the OUT folder."""
+    example = example.cpu()
+    with new_folder(out, overwrite) as folder:
+        progress("exporting", 0, 0)
+        metadata = {
+            "dk2pnet": __version__,
+            "input_shape": json.dumps(plan.input_shape),
+            "normalization": json.dumps(plan.normalization),
+        }
+        with clock("export"):
+            export_onnx(student, example, folder / "model.onnx", metadata=metadata)
+            probes = [torch.randn(count, *example.shape[1:], generator=torch.Generator().manual_seed(count)) for count in (1, 7)]
+            metrics["student"]["onnx_difference"] = check_onnx(folder / "model.onnx", student, probes)
+            dense = folder / "teacher.onnx"
+            export_onnx(teacher, example, dense)
+        progress("measuring latency", 0, 0)
+        with clock("latency"):
+            paths = {"teacher": dense, "student": folder / "model.onnx"}
+            latencies = compare_latency(paths, example.numpy(), threads=threads)
+        for side, path in paths.items():
+            metrics[side]["onnx_bytes"] = path.stat().st_size
+            metrics[side]["latency_ms"] = latencies[side].median_ms
+            metrics[side]["latency_interval_ms"] = [latencies[side].low_ms, latencies[side].high_ms]
+        dense.unlink()
+        save_student(student, plan, folder)
+        write_json(folder / "metrics.json", metrics)
+        write_recipe(folder / "recipe.yaml", "compress", {key: _plain(value) for key, value in options.items()})
+        write_page(metrics, folder / "report.html")
+
+
+def _plain(value: Any) -> Any:
+    """An option as YAML can hold it; Python objects cannot be repeated from a recipe and become None."""
+    if isinstance(value, Path | Budget | Normalization):
+        return str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value if value is None or isinstance(value, str | int | float | bool | list) else None
+
+
+def _reasons(sites: Sequence[Convolution]) -> str:
+    return "; ".join(f"{site.name}: {site.reason}" for site in sites[:4]) + (" ..." if len(sites) > 4 else "") or "none at all"
+
+
+class _Clock:
+    """Seconds per step of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, what: str) -> Any:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = round(self.seconds.get(what, 0.0) + time.perf_counter() - start, 3)
+
+    def time(self, what: str, function: Any) -> Any:
+        """Run `function` and add its time."""
+        with self(what):
+            return function()

@@ -1,0 +1,160 @@
+"""Turns what a user names (a network, weights, data) into objects; shared by all pipelines."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dk2pnet.data import ImageData, Normalization, UserBatches, has_split, load
+from dk2pnet.errors import InputError
+from dk2pnet.models import check_finite, default_input_size, default_normalization, load_weights, make_network
+from dk2pnet.plan import Plan
+from dk2pnet.student import is_saved, load_student
+
+__all__ = [
+    "Network",
+    "Progress",
+    "augmentation_for",
+    "batch_size_for",
+    "environment",
+    "load_data",
+    "open_network",
+    "pick_device",
+    "silent",
+]
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much (0: unknown)
+
+_DIGITS = {"digits", "mnist", "ylecun/mnist", "svhn", "svhn_10k", "ufldl-stanford/svhn"}
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+@dataclass
+class Network:
+    """A network with its weights: `spec` are the arguments of `make_network` (None for a Python object)."""
+
+    model: nn.Module
+    spec: dict[str, Any] | None
+    normalization: Normalization | None
+    plan: Plan | None = None
+
+
+def open_network(
+    model: str | nn.Module,
+    *,
+    weights: str | None = None,
+    normalize: str | Normalization | None = None,
+    data: ImageData | None = None,
+    classes: int | None = None,
+) -> Network:
+    """A module as it is, a folder that dk2pnet wrote, or a network by name with weights from a file or "pretrained"."""
+    given = Normalization.parse(normalize) if isinstance(normalize, str) else normalize
+    if isinstance(model, nn.Module):
+        check_finite(model)
+        return Network(model, None, given)
+    if is_saved(model):
+        if weights is not None:
+            raise InputError(f"{model} is a folder with its own weights; leave --weights {weights} away")
+        module, plan = load_student(model)
+        saved = Normalization.from_dict(plan.normalization) if plan.normalization else None
+        check_finite(module)
+        return Network(module, plan.network, given or saved, plan)
+    if classes is None and data is not None and data.labels is not None and weights != "pretrained":
+        classes = len(data.classes) if data.classes else int(data.labels.max()) + 1
+    is_file = ".py:" in model
+    channels = data.channels if data is not None and not model.startswith("torchvision/") and not is_file else None
+    spec: dict[str, Any] = {"name": model}
+    if not is_file:
+        spec |= {"num_classes": classes, "in_channels": channels}
+    module = make_network(**spec, pretrained=weights == "pretrained")
+    if weights not in (None, "pretrained"):
+        load_weights(module, str(weights))
+    check_finite(module)
+    return Network(module, spec, given or default_normalization(model))
+
+
+def load_data(
+    name: str, split: str, model: str | nn.Module, *, data_dir: str | None = None, input_size: int | None = None
+) -> ImageData | None:
+    """A split of a data set, sized for the network; None where there is no such split."""
+    size, channels = input_size, None
+    if isinstance(model, str) and is_saved(model):
+        shape = Plan.load(Path(model) / "plan.json").input_shape
+        if shape:
+            channels, size = shape[0], input_size or shape[1]
+    elif isinstance(model, str):
+        size = input_size or default_input_size(model)
+        channels = 3 if model.startswith("torchvision/") else None
+    if not has_split(name, split, data_dir):
+        return None
+    return load(name, split, data_dir=data_dir, size=size, channels=channels)
+
+
+def batch_size_for(size: Iterable[int]) -> int:
+    """Images per forward pass where nobody trains: bounded activations at 224 x 224, few calls at 32 x 32."""
+    return 128 if max(size) <= 64 else 16
+
+
+def augmentation_for(name: str) -> str:
+    """Digits are never mirrored."""
+    return "digits" if name in _DIGITS else "natural"
+
+
+def pick_device(device: str, threads: int | None = None) -> torch.device:
+    """``auto`` takes a GPU where there is one; `threads` sets PyTorch's CPU threads."""
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads is {threads}; expected 1 or more")
+        torch.set_num_threads(threads)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used ({reason}); give --device cpu or leave it away") from error
+    return chosen
+
+
+def environment(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Versions and hardware, for the report."""
+    versions: dict[str, Any] = {"python": platform.python_version()}
+    for package in ("dk2pnet", "torch", "onnx", "onnxruntime", "datasets"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    hardware: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(device)}
+    if device.type == "cuda":
+        hardware["gpu"] = torch.cuda.get_device_name(device)
+    return {"versions": versions, "hardware": hardware}
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def example_of(data: ImageData | UserBatches, normalization: Normalization | None) -> Tensor:
+    """One normalised image ``(1, C, H, W)``."""
+    if isinstance(data, UserBatches):
+        x, _ = next(iter(data))
+        return x[:1]
+    assert normalization is not None
+    return normalization.apply(data.subset([0]).images)
