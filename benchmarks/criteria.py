@@ -34,7 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"criteria-{options.model}.json"
-    result = json.loads(path.read_text()) if path.exists() else {"model": options.model, "data": options.data, "rows": []}
+    result = (
+        json.loads(path.read_text()) if path.exists() else {"model": options.model, "data": options.data, "rows": []}
+    )
     done = {(row["criterion"], row["budget"], row["seed"]) for row in result["rows"]}
     for budget in options.budgets:
         for criterion in options.criteria:

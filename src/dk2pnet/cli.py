@@ -42,7 +42,9 @@ def _read_recipe(context: typer.Context, value: Path | None) -> Path | None:
     known = {parameter.name for parameter in context.command.params}
     unknown = sorted(str(key) for key in set(options) - known)
     if unknown:
-        raise InputError(f"recipe {value} has the option {unknown[0]!r}, which {context.info_name} does not know; remove it")
+        raise InputError(
+            f"recipe {value} has the option {unknown[0]!r}, which {context.info_name} does not know; remove it"
+        )
     given = {key: option for key, option in options.items() if option is not None}
     context.default_map = {**(context.default_map or {}), **given}
     return value
@@ -50,7 +52,9 @@ def _read_recipe(context: typer.Context, value: Path | None) -> Path | None:
 
 Model = Annotated[
     str,
-    typer.Option(help="resnet20 ... resnet110, vgg8, lenet, torchvision/NAME, timm/NAME, FILE.py:FUNCTION or an OUT folder."),
+    typer.Option(
+        help="resnet20 ... resnet110, vgg8, lenet, torchvision/NAME, timm/NAME, FILE.py:FUNCTION or an OUT folder."
+    ),
 ]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")]
 DataDir = Annotated[str | None, typer.Option(help="Folder with local copies of data sets (or DK2PNET_DATA).")]
@@ -84,12 +88,17 @@ def compress(
     ] = "macs=0.44",
     criterion: Annotated[str, typer.Option(help="loss, response or weight (needs no images).")] = "loss",
     keep: Annotated[
-        list[str] | None, typer.Option(help="Convolutions that stay dense: a name, its beginning, or a pattern. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Convolutions that stay dense: a name, its beginning, or a pattern. Repeatable."),
     ] = None,
     first: Annotated[bool, typer.Option("--first", help="Decompose the first convolution too.")] = False,
-    calibration_images: Annotated[int, typer.Option(help="Training images, labels unused; a fifth only decides.")] = 2000,
+    calibration_images: Annotated[
+        int, typer.Option(help="Training images, labels unused; a fifth only decides.")
+    ] = 2000,
     memory: Annotated[float, typer.Option(help="GiB for statistics of the layers.")] = 2.0,
-    epochs: Annotated[int, typer.Option(help="Epochs of training (KP, distillation, labels) after the decomposition.")] = 0,
+    epochs: Annotated[
+        int, typer.Option(help="Epochs of training (KP, distillation, labels) after the decomposition.")
+    ] = 0,
     batch_size: BatchSize = 128,
     learning_rate: Annotated[float, typer.Option("--lr", help="Learning rate of the training.")] = 0.02,
     precision: Precision = "fp32",
@@ -179,7 +188,9 @@ def train(
         seed=seed,
     )
     recipe_options = {
-        key: value for key, value in context.params.items() if key not in ("out", "overwrite", "recipe") and _is_plain(value)
+        key: value
+        for key, value in context.params.items()
+        if key not in ("out", "overwrite", "recipe") and _is_plain(value)
     }
     with _progress() as progress:
         metrics = train_network(

@@ -92,14 +92,14 @@ def find_convolutions(
         for handle in handles:
             handle.remove()
     in_order = dict.fromkeys([*order, *found])
-    weights: dict[int, list[str]] = {}
+    users: dict[nn.Parameter | None, list[str]] = {}  # a computed weight is no parameter: None
     for site in found.values():
-        weights.setdefault(id(site.module.weight), []).append(site.name)
+        users.setdefault(site.module._parameters.get("weight"), []).append(site.name)
     patterns = list(keep)
     unused = set(patterns)
     for number, module in enumerate(in_order):
         site = found[module]
-        tied = [name for name in weights[id(module.weight)] if name != site.name]
+        tied = [name for name in users[module._parameters.get("weight")] if name != site.name]
         site.reason = _reason(site, number == 0 and not first, tied)
         for pattern in patterns:
             names = [site.name, *site.aliases]
@@ -151,7 +151,9 @@ def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None 
             continue
         conv = modules.get(layer.name)
         if not isinstance(conv, nn.Conv2d):
-            raise InputError(f"the plan replaces {layer.name!r}, which is no Conv2d of this network; give the right network")
+            raise InputError(
+                f"the plan replaces {layer.name!r}, which is no Conv2d of this network; give the right network"
+            )
         if factors is not None:
             layers[conv] = DKConv2d.from_factors(conv, factors[layer.name])
         else:

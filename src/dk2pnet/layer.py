@@ -382,4 +382,6 @@ def _sources(counts: int | Iterable[int], channels: int, groups: int) -> list[in
         raise InputError(f"counts give the groups {sorted(sums)} kernels; expected the same number in every group")
     if sums == {0}:
         raise InputError("counts are all 0; expected at least one kernel per group")
-    return [channel for branch in range(max(per_channel)) for channel in range(channels) if per_channel[channel] > branch]
+    return [
+        channel for branch in range(max(per_channel)) for channel in range(channels) if per_channel[channel] > branch
+    ]

@@ -85,7 +85,9 @@ def outputs_of(output: object) -> list[Tensor]:
         return [output]
     parts = list(output.values()) if isinstance(output, dict) else output
     if not isinstance(parts, list | tuple):
-        raise InputError(f"the network returns {type(output).__name__}; expected a tensor, or several in a tuple or dict")
+        raise InputError(
+            f"the network returns {type(output).__name__}; expected a tensor, or several in a tuple or dict"
+        )
     return [tensor for part in parts if part is not None for tensor in outputs_of(part)]
 
 
@@ -144,9 +146,14 @@ def divergence(teacher: Predictions, student: Predictions) -> float:
     """How far the student's outputs are from the teacher's: mean KL(teacher || student) at temperature 1 for a
     classifier, else the squared error relative to the teacher's energy. Infinite when the student's are not finite."""
     if is_classifier(teacher.outputs):
-        target, log_student = F.log_softmax(teacher.outputs[0].double(), 1), F.log_softmax(student.outputs[0].double(), 1)
+        target, log_student = (
+            F.log_softmax(teacher.outputs[0].double(), 1),
+            F.log_softmax(student.outputs[0].double(), 1),
+        )
         value = float(F.kl_div(log_student, target, reduction="batchmean", log_target=True))
     else:
-        error = sum(float((t - s).double().square().sum()) for t, s in zip(teacher.outputs, student.outputs, strict=True))
+        error = sum(
+            float((t - s).double().square().sum()) for t, s in zip(teacher.outputs, student.outputs, strict=True)
+        )
         value = error / max(sum(float(t.double().square().sum()) for t in teacher.outputs), 1e-30)
     return value if value == value else float("inf")

@@ -44,7 +44,9 @@ def load_student(folder: str | Path, factory: Callable[[], nn.Module] | None = N
     if not weights.is_file():
         raise InputError(f"{folder} has no {WEIGHTS}; expected a folder that dk2pnet wrote")
     if plan.weights_hash != _hash(weights):
-        raise InputError(f"{weights} is not the file that {PLAN} describes (its SHA-256 differs); restore both together")
+        raise InputError(
+            f"{weights} is not the file that {PLAN} describes (its SHA-256 differs); restore both together"
+        )
     if factory is not None:
         dense = factory()
     elif plan.network is not None:

@@ -93,7 +93,10 @@ def reconstruct(
                     handle.remove()
         else:
             for site in order:
-                solve(site.name, _gather_until(student, modules[site.name], batches, targets[site.name], positions, seed, device))
+                solve(
+                    site.name,
+                    _gather_until(student, modules[site.name], batches, targets[site.name], positions, seed, device),
+                )
     return results
 
 

@@ -25,7 +25,9 @@ class MomentStore:
     def __enter__(self) -> MomentStore:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._memory.clear()
         if self._folder is not None:
             self._folder.cleanup()

@@ -86,6 +86,4 @@ class Moments:
 
     def finite(self) -> bool:
         """Whether no activation and no gradient was infinite or not a number."""
-        return all(
-            bool(torch.isfinite(part).all()) for part in (self.input_sum, self.output_sum) if part is not None
-        )
+        return all(bool(torch.isfinite(part).all()) for part in (self.input_sum, self.output_sum) if part is not None)

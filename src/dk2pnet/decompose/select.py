@@ -82,7 +82,9 @@ def select(candidates: Mapping[str, Candidate], budget: float) -> dict[str, Tens
             left -= candidate.dense_cost - candidate.cost(taken[name])
             dense.add(name)
         # A step that does not fit never will: the budget only shrinks. The layer is then done.
-    return {name: None if name in dense else _counts(candidates[name], steps[name][1], taken[name]) for name in candidates}
+    return {
+        name: None if name in dense else _counts(candidates[name], steps[name][1], taken[name]) for name in candidates
+    }
 
 
 def uniform(candidates: Mapping[str, Candidate], kernels: int) -> dict[str, Tensor | None]:

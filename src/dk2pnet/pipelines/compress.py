@@ -161,7 +161,9 @@ def compress(
     named = data if isinstance(data, str) else None
     training_split = load_data(named, "train", model, data_dir=data_dir, input_size=input_size) if named else None
     if named and training_split is None:
-        raise InputError(f"data set {named!r} has no training split, which calibration reads; give a folder train/ of images")
+        raise InputError(
+            f"data set {named!r} has no training split, which calibration reads; give a folder train/ of images"
+        )
     network = open_network(model, weights=weights, normalize=normalize, data=training_split, classes=classes)
     teacher = copy_model(network.model).eval().to(chosen)
     images = None
@@ -622,7 +624,14 @@ def _train(
         progress(f"training, loss {terms['loss']:.3f}", step, total)
 
     train(
-        student, epoch_of, options, example=example, steps_per_epoch=steps, teacher=teacher, device=device, progress=show
+        student,
+        epoch_of,
+        options,
+        example=example,
+        steps_per_epoch=steps,
+        teacher=teacher,
+        device=device,
+        progress=show,
     )
 
 
@@ -665,7 +674,10 @@ def _write(
         }
         with clock("export"):
             export_onnx(student, example, folder / "model.onnx", metadata=metadata)
-            probes = [torch.randn(count, *example.shape[1:], generator=torch.Generator().manual_seed(count)) for count in (1, 7)]
+            probes = [
+                torch.randn(count, *example.shape[1:], generator=torch.Generator().manual_seed(count))
+                for count in (1, 7)
+            ]
             metrics["student"]["onnx_difference"] = check_onnx(folder / "model.onnx", student, probes)
             dense = folder / "teacher.onnx"
             export_onnx(teacher, example, dense)
@@ -694,7 +706,10 @@ def _plain(value: Any) -> Any:
 
 
 def _reasons(sites: Sequence[Convolution]) -> str:
-    return "; ".join(f"{site.name}: {site.reason}" for site in sites[:4]) + (" ..." if len(sites) > 4 else "") or "none at all"
+    return (
+        "; ".join(f"{site.name}: {site.reason}" for site in sites[:4]) + (" ..." if len(sites) > 4 else "")
+        or "none at all"
+    )
 
 
 class _Clock:

@@ -59,7 +59,9 @@ def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
 def _disk_message(out: Path, error: BaseException) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     if full:
-        return f"the disk is full: {out} could not be written and nothing of it was left; free space or give another --out"
+        return (
+            f"the disk is full: {out} could not be written and nothing of it was left; free space or give another --out"
+        )
     return f"{out} could not be written ({error}); give an --out that can be"
 
 

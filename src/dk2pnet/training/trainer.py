@@ -44,7 +44,9 @@ class TrainingOptions:
             raise InputError(
                 f"training was asked for {self.epochs} epochs of batches of {self.batch_size}; expected 1 or more of each"
             )
-        if not (self.learning_rate > 0 and self.tau > 0 and self.kp_tau > 0 and 0 <= self.alpha <= 1 and self.beta >= 0):
+        if not (
+            self.learning_rate > 0 and self.tau > 0 and self.kp_tau > 0 and 0 <= self.alpha <= 1 and self.beta >= 0
+        ):
             raise InputError(
                 f"learning rate {self.learning_rate}, alpha {self.alpha}, tau {self.tau}, beta {self.beta}, KP tau "
                 f"{self.kp_tau}; expected rates and temperatures above 0, alpha between 0 and 1, beta 0 or more"
@@ -110,7 +112,9 @@ def train(
             sums = {}
             for x, y in epoch_of(epoch):
                 if y is None and teacher is None:
-                    raise InputError("the images have no labels, which training without a teacher needs; give labelled images")
+                    raise InputError(
+                        "the images have no labels, which training without a teacher needs; give labelled images"
+                    )
                 x, y = x.to(accelerator.device), None if y is None else y.to(accelerator.device)
                 with accelerator.autocast():
                     outputs = outputs_of(prepared(x))
@@ -155,7 +159,9 @@ def _rate(step: int, total: int, steps_per_epoch: int) -> float:
 
 def _labels_loss(outputs: list[Tensor], y: Tensor) -> Tensor:
     if not is_classifier(outputs):
-        raise InputError("training with labels needs a classifier (one row of class scores per image); give images without labels")
+        raise InputError(
+            "training with labels needs a classifier (one row of class scores per image); give images without labels"
+        )
     if int(y.max()) >= outputs[0].shape[1]:
         raise InputError(f"the data has the label {int(y.max())}, but the network has {outputs[0].shape[1]} classes")
     return F.cross_entropy(outputs[0].float(), y)
