@@ -133,7 +133,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     path = Path(path)
     state = _read_state(path)
     own = model.state_dict()
-    missing = [key for key in own if key not in state]
+    # PyTorch fills this counter in where an old checkpoint lacks it.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     misfits = [key for key in own if key in state and state[key].shape != own[key].shape]
     problems = []

@@ -11,7 +11,7 @@ some = settings(deadline=None, max_examples=40)
 
 
 def data(size, rows, images, seed):
-    """Whole numbers, so that float32 products are exact: patches (n, G, C q) and gradients (images, G, N, positions)."""
+    """Patches (n, G, C q), gradients (images, G, N, positions) of whole numbers: float32 products are exact."""
     groups, inputs, outputs = size
     generator = torch.Generator().manual_seed(seed)
     patches = torch.randint(-9, 10, (rows, groups, inputs), generator=generator).float()

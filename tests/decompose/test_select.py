@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dk2pnet.decompose.select import Candidate, cheapest, select, uniform
@@ -88,7 +88,7 @@ def test_by_hand():
     assert chosen(6) == [[1, 1], [1, 0]]  # 6 per unit beats 3.5
     assert chosen(7) == [[1, 2], [1, 0]]  # 3.5 does not fit any more; 2 does
     assert chosen(8) == [[1, 1], [2, 0]]  # 3.5 per unit
-    assert chosen(9) == [[1, 2], [2, 0]]  # 2 per unit, before dense `b` could have been reached (4 a unit: 2 kernels)
+    assert chosen(9) == [[1, 2], [2, 0]]  # then 2 per unit, and so does `b`: a tie of which only one fits
     assert chosen(14) == [None, None]
 
 
@@ -135,8 +135,16 @@ def test_a_converted_layer_is_cheaper_than_dense_and_one_that_cannot_be_stays_de
             assert kernels_of(candidate, counts) <= candidate.most
 
 
-@settings(deadline=None, max_examples=1000)
+# The last step of `a`, to dense, is worth more than the kernel before it: 16 must not be spent worse than 15.
+_STEEP_END = {
+    "a": Candidate(torch.tensor([[[6.0, 5.0], [10.0, 6.0]]], dtype=torch.float64), 4, 9),
+    "b": Candidate(torch.tensor([[[12.0, 8.0, 3.0]]], dtype=torch.float64), 6, 12),
+}
+
+
+@many
 @given(networks, budgets, budgets)
+@example(_STEEP_END, 15, 16)
 def test_more_budget_never_gives_less_energy(network, first, second):
     less, more = sorted((first, second))
     assert total(energy_of, network, select(network, less)) <= total(energy_of, network, select(network, more))

@@ -217,8 +217,8 @@ def test_the_weight_criterion_is_eckart_young_per_channel(shape, seed):
 def test_full_rank_is_exact(drawn):
     case = Case(*drawn, full=True)
     factors = case.solve()
-    assert case.error(factors) < 1e-9
-    assert factors.errors[-1] < 1e-9
+    assert case.error(factors) < 10 * case.rounding
+    assert factors.errors[-1] < 10 * case.rounding
     if drawn[2] != "singular" or case.q <= case.N:  # else B does not see all of the weight
         assert float(case.difference(factors).abs().max()) < 1e-3 * float(case.weight.abs().max())
 
@@ -275,7 +275,9 @@ def test_the_error_never_rises_and_is_the_error_of_the_factors(drawn):
     factors = case.solve(sweeps=8, tolerance=0.0)
     history, slack = factors.errors, 10 * case.rounding
     assert all(after <= before + slack for before, after in zip(history, history[1:], strict=False)), history
-    assert all(-slack <= error <= 1 + slack for error in history), history
+    # the start may be worse than nothing where channels are correlated, the end may not
+    assert min(history) >= -slack, history
+    assert history[-1] <= 1 + slack, history
     assert case.error(factors) == pytest.approx(history[-1], abs=1e4 * case.rounding)
 
 
