@@ -112,7 +112,7 @@ class DKConv2d(nn.Module):
         self.combination = nn.Parameter(torch.empty(out_channels, len(source) // groups, 1, 1, **factory))
         self.bias = nn.Parameter(torch.empty(out_channels, **factory)) if bias else None
         self.register_buffer("source", torch.tensor(source, dtype=torch.int64, device=device))
-        self._arrange()
+        self._arrange(source)
         self.reset_parameters()
 
     def _take_geometry(self, conv: nn.Conv2d) -> None:
@@ -157,37 +157,27 @@ class DKConv2d(nn.Module):
             bound = 1 / math.sqrt(self.combination.shape[1])
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def _arrange(self) -> None:
-        """Derive from `source` what the forms need: branches, gathers, and the order of kernels by group."""
-        source = self.source.cpu()
-        seen = [0] * self.in_channels
-        branch_of = []
-        for channel in source.tolist():
-            branch_of.append(seen[channel])
-            seen[channel] += 1
-        if branch_of != sorted(branch_of):
-            raise InputError("source is not sorted by branch: every channel's first kernel must come before any second")
+    def _arrange(self, source: list[int]) -> None:
+        """Derive from the sources what the forms need: branches, gathers, and the order of kernels by group."""
+        device = torch.device("cpu") if self.source.is_meta else self.source.device
         for name in [name for name in self._buffers if name.startswith("_gather_")]:
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
         self._branches: list[_Branch] = []
         start = 0
-        for number in range(max(branch_of) + 1):
-            stop = start + branch_of.count(number)
-            channels = source[start:stop]
-            full = stop - start == self.in_channels and channels.tolist() == list(range(self.in_channels))
+        for number, size in enumerate(_branch_sizes(source)):
+            channels = source[start : start + size]
+            full = channels == list(range(self.in_channels))
             if not full:
-                gather = channels.to(self.source.device)
-                self.register_buffer(f"_gather_{number}", gather, persistent=False)
-            self._branches.append(_Branch(start, stop, full))
-            start = stop
-        group_of = source // (self.in_channels // self.groups)
-        order = torch.argsort(group_of, stable=True).to(self.source.device)
-        self.register_buffer("_group_order", order, persistent=False)
+                self.register_buffer(f"_gather_{number}", torch.tensor(channels, device=device), persistent=False)
+            self._branches.append(_Branch(start, start + size, full))
+            start += size
+        group_of = torch.tensor(source) // (self.in_channels // self.groups)
+        order = torch.argsort(group_of, stable=True)
+        self.register_buffer("_group_order", order.to(device), persistent=False)
         # A branch whose kernels are spread evenly over the groups has a grouped pointwise convolution of its own.
-        sizes = [
-            torch.bincount(group_of[branch.start : branch.stop], minlength=self.groups) for branch in self._branches
-        ]
+        parts = [group_of[branch.start : branch.stop] for branch in self._branches]
+        sizes = [torch.bincount(part, minlength=self.groups) for part in parts]
         self._even = all(bool((size == size[0]).all()) for size in sizes)
 
     # -- building ------------------------------------------------------------------------------------------------
@@ -217,8 +207,6 @@ class DKConv2d(nn.Module):
         with torch.no_grad():
             layer.kernels.copy_(factors.kernels)
             layer.combination.copy_(factors.combination)
-            layer.source.copy_(factors.source)
-            layer._arrange()
             if layer.bias is not None:
                 layer.bias.copy_(conv.bias if conv.bias is not None else torch.zeros_like(layer.bias))
                 if factors.bias_shift is not None:
@@ -274,6 +262,8 @@ class DKConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x (B, C, H, W)`` (or ``(C, H, W)``) in the chosen form."""
+        if x.shape[-3] != self.in_channels:  # a gather would pass over channels too many
+            raise RuntimeError(f"expected {self.in_channels} input channels, but the input has shape {tuple(x.shape)}")
         unbatched = x.dim() == 3
         if unbatched:
             x = x.unsqueeze(0)
@@ -328,27 +318,27 @@ class DKConv2d(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the number of kernels and their sources from the state, so that it loads without knowing the counts."""
-        kernels = state_dict.get(prefix + "kernels")
-        combination = state_dict.get(prefix + "combination")
-        source = state_dict.get(prefix + "source")
-        fits = (
-            isinstance(kernels, Tensor)
-            and isinstance(combination, Tensor)
-            and isinstance(source, Tensor)
-            and source.dim() == 1
-            and len(source) > 0
-            and kernels.shape == (len(source), 1, *self.kernel_size)
-            and combination.shape == (self.out_channels, len(source) // self.groups, 1, 1)
-            and not source.is_meta
-            and 0 <= int(source.min()) <= int(source.max()) < self.in_channels
-        )
-        if fits and source.tolist() != self.source.tolist():
-            with torch.no_grad():
-                self.kernels.data = self.kernels.data.new_empty(kernels.shape)
-                self.combination.data = self.combination.data.new_empty(combination.shape)
-                self.source = source.to(self.source.device, copy=True)
-                self._arrange()
+        kernels, combination, source = (state_dict.get(prefix + name) for name in ("kernels", "combination", "source"))
+        problem = None
+        if all(isinstance(part, Tensor) for part in (kernels, combination, source)) and not source.is_meta:
+            sources = source.flatten().tolist()
+            problem = _problem_of(sources, self.in_channels, self.groups)
+            count = len(sources)
+            shapes = (count, 1, *self.kernel_size), (self.out_channels, count // self.groups, 1, 1)
+            if problem is None and (kernels.shape, combination.shape) == shapes:
+                if count != len(self.source):
+                    self.kernels.data = self.kernels.data.new_empty(kernels.shape)
+                    self.combination.data = self.combination.data.new_empty(combination.shape)
+                    self.source = self.source.new_empty(count)
+                super()._load_from_state_dict(state_dict, prefix, *args)
+                self._arrange(sources)
+                return
+        # What does not fit is reported by PyTorch itself; the sources stay those of the kernels that stay.
+        if source is not None:
+            state_dict = {**state_dict, prefix + "source": self.source}
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if problem is not None:
+            args[-1].append(f"{prefix}source: {problem}")
 
     def extra_repr(self) -> str:
         """One line: geometry as in `Conv2d`, then kernels, branches and form."""
@@ -376,12 +366,40 @@ def _sources(counts: int | Iterable[int], channels: int, groups: int) -> list[in
         raise InputError(f"counts has {len(per_channel)} numbers; expected one, or {channels}: one per input channel")
     if min(per_channel) < 0:
         raise InputError(f"counts holds {min(per_channel)}; expected numbers of kernels, 0 or more")
-    width = channels // groups
-    sums = {sum(per_channel[start : start + width]) for start in range(0, channels, width)}
-    if len(sums) > 1:
-        raise InputError(f"counts give the groups {sorted(sums)} kernels; expected the same number in every group")
-    if sums == {0}:
-        raise InputError("counts are all 0; expected at least one kernel per group")
-    return [
+    source = [
         channel for branch in range(max(per_channel)) for channel in range(channels) if per_channel[channel] > branch
     ]
+    problem = _problem_of(source, channels, groups)
+    if problem is not None:
+        raise InputError(f"counts are of no use: {problem}")
+    return source
+
+
+def _problem_of(source: list[int], channels: int, groups: int) -> str | None:
+    """What is wrong with sources, or None."""
+    if not source or min(source) < 0 or max(source) >= channels:
+        return f"expected at least one kernel per group, each with a source channel from 0 to {channels - 1}"
+    width = channels // groups
+    per_group = {sum(channel // width == group for channel in source) for group in range(groups)}
+    if len(per_group) > 1:
+        return f"the groups have {sorted(per_group)} kernels; expected the same number in every group"
+    if sum(_branch_sizes(source)) != len(source):
+        return "the sources are not sorted by branch and, inside a branch, by channel"
+    return None
+
+
+def _branch_sizes(source: list[int]) -> list[int]:
+    """Kernels per branch: each branch ascends, and holds only channels that the one before it holds."""
+    sizes: list[int] = []
+    previous: set[int] | None = None
+    start = 0
+    while start < len(source):
+        stop = start + 1
+        while stop < len(source) and source[stop] > source[stop - 1]:
+            stop += 1
+        branch = set(source[start:stop])
+        if previous is not None and not branch <= previous:
+            break
+        sizes.append(stop - start)
+        previous, start = branch, stop
+    return sizes

@@ -26,8 +26,9 @@ def gather_moments(
     *,
     gradients: bool = False,
     memory: int = 2 * 2**30,
-    positions: int = 64,
+    positions: int = 32,
     seed: int = 0,
+    first_image: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int], None] | None = None,
 ) -> Iterator[dict[str, Moments]]:
@@ -42,6 +43,7 @@ def gather_moments(
     positions : at most so many positions of each image, evenly spread; B always sums over all positions
     seed : of the sampled positions and labels, which depend on the image's index only, so that any split of the
         images over batches or processes gathers the same numbers
+    first_image : index of the first image, where another process gathers from those before it
     progress : called with (what, images done) after every batch
 
     Raises
@@ -60,7 +62,7 @@ def gather_moments(
             stop += 1
         group = {name: convolutions[name] for name in names[start:stop]}
         what = f"layers {start + 1}-{stop} of {len(names)}"
-        yield _one_pass(model, group, batches, gradients, positions, seed, device, what, progress)
+        yield _one_pass(model, group, batches, gradients, positions, seed, first_image, device, what, progress)
         start = stop
 
 
@@ -81,10 +83,11 @@ def inference_of(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(flag)
 
 
-def input_patches(conv: nn.Conv2d, x: Tensor, first_index: int = 0, positions: int = 0, seed: int = 0) -> Tensor:
+def input_patches(conv: nn.Conv2d, x: Tensor, index: int | np.ndarray = 0, positions: int = 0, seed: int = 0) -> Tensor:
     """The patches of ``x (B, C_total, H, W)`` that `conv` multiplies by its weight, ``(n, G, C q)``.
 
-    `positions` > 0 samples so many per image, keyed by the image's index (``first_index + row``); 0 takes all.
+    `positions` > 0 samples so many per image, keyed by the image's index; 0 takes all. `index` holds the image of every
+    row, or is that of the first row.
     """
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
@@ -95,7 +98,7 @@ def input_patches(conv: nn.Conv2d, x: Tensor, first_index: int = 0, positions: i
     size = (*x.shape[:2], height, width, kh, kw)
     windows = x.as_strided(size, (b, c, h * sh, w * sw, h * dh, w * dw), x.storage_offset())
     if 0 < positions < height * width:
-        where = _positions(first_index, len(x), height * width, positions, seed).to(x.device)
+        where = _positions(index, len(x), height * width, positions, seed).to(x.device)
         rows = torch.arange(len(x), device=x.device).unsqueeze(1)
         picked = windows[rows, :, where // width, where % width]  # (B, P, C, kh, kw)
     else:
@@ -103,11 +106,11 @@ def input_patches(conv: nn.Conv2d, x: Tensor, first_index: int = 0, positions: i
     return picked.reshape(-1, conv.groups, x.shape[1] // conv.groups * kh * kw)
 
 
-def sampled_outputs(y: Tensor, first_index: int, positions: int, seed: int) -> Tensor:
+def sampled_outputs(y: Tensor, index: int | np.ndarray, positions: int, seed: int) -> Tensor:
     """``y (B, N, H, W)`` at the positions that `input_patches` samples for these images, ``(B, P, N)``."""
     rows = y.permute(0, 2, 3, 1).flatten(1, 2)
     if 0 < positions < rows.shape[1]:
-        where = _positions(first_index, len(y), rows.shape[1], positions, seed).to(y.device)
+        where = _positions(index, len(y), rows.shape[1], positions, seed).to(y.device)
         rows = rows[torch.arange(len(y), device=y.device).unsqueeze(1), where]
     return rows.contiguous()
 
@@ -137,12 +140,13 @@ def _uniform(indices: np.ndarray, seed: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) / 2**53
 
 
-def _positions(first_index: int, images: int, total: int, count: int, seed: int) -> Tensor:
-    """`count` different positions of `total` for each image, (B, count): a golden-ratio walk from a hashed start."""
+def _positions(index: int | np.ndarray, rows: int, total: int, count: int, seed: int) -> Tensor:
+    """`count` different positions of `total` for each row, (B, count): a golden-ratio walk from a hashed start."""
+    indices = np.arange(index, index + rows) if isinstance(index, int) else index
     step = max(int(total * 0.6180339887), 1)
     while np.gcd(step, total) != 1:
         step += 1
-    start = (_uniform(np.arange(first_index, first_index + images), 2 * seed) * total).astype(np.int64)
+    start = (_uniform(indices, 2 * seed) * total).astype(np.int64)
     return torch.from_numpy((start[:, None] + np.arange(count) * step) % total)
 
 
@@ -161,6 +165,7 @@ def _one_pass(
     gradients: bool,
     positions: int,
     seed: int,
+    first_image: int,
     device: torch.device | str,
     what: str,
     progress: Callable[[str, int], None] | None,
@@ -177,9 +182,10 @@ def _one_pass(
             per_image = positions or x.shape[2] * x.shape[3]
             piece = max(1, _PIECE_BYTES // (4 * per_image * _geometry(module)[1] * module.groups))
             # A network may fold several pieces of an image into the batch; they share the image's index.
+            index = first_image + done + np.arange(len(x)) * size // len(x)
             for start in range(0, len(x), piece):
-                first = done + start * size // len(x)
-                moments[name].add_patches(input_patches(module, x[start : start + piece], first, positions, seed))
+                part = slice(start, start + piece)
+                moments[name].add_patches(input_patches(module, x[part], index[part], positions, seed))
 
         return hook
 
@@ -205,13 +211,13 @@ def _one_pass(
             if gradients:
                 # Parameters ask for no gradients here; the graph hangs on the input.
                 with torch.enable_grad():
-                    logits = model(x.requires_grad_())
+                    logits = model(x.detach().requires_grad_())
                     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
                         raise InputError(
                             "criterion 'loss' needs a classifier (one row of class scores per image), but the network "
                             f"returns {_describe(logits)}; use --criterion response"
                         )
-                    labels = _sampled_labels(logits, done, seed)
+                    labels = _sampled_labels(logits, first_image + done, seed)
                     F.cross_entropy(logits, labels, reduction="sum").backward()
                 for sums in moments.values():
                     sums.count_images(size)

@@ -34,7 +34,7 @@ def reconstruct(
     *,
     images: int,
     memory: int = 2 * 2**30,
-    positions: int = 64,
+    positions: int = 32,
     seed: int = 0,
     damping: float = 1e-3,
     device: torch.device | str = "cpu",

@@ -51,37 +51,38 @@ def select(candidates: Mapping[str, Candidate], budget: float) -> dict[str, Tens
     cheapest kernel that could still be added.
     """
     steps = {name: _steps(candidate) for name, candidate in candidates.items()}
+    gains = {name: step[0].tolist() for name, step in steps.items()}
+    rest = {name: step[0].flip(0).cumsum(0).flip(0).tolist() for name, step in steps.items()}
     taken: dict[str, int] = {}
     dense = {name for name, candidate in candidates.items() if candidate.most < 1}
     left = budget - cheapest(candidates)
-    queue: list[tuple[float, str]] = []
+    queue: list[tuple[float, str, bool, float]] = []
 
     def offer(name: str) -> None:
-        """Queue the layer's next step: one more kernel, or dense where no further kernel would be cheaper."""
+        """Queue the layer's best step that still fits: one more kernel, or all that is missing by leaving it dense."""
         candidate, number = candidates[name], taken[name]
-        gains = steps[name][0]
-        if number < candidate.most:
-            gain, cost = float(gains[number]), candidate.kernel_cost
-        else:
-            gain, cost = float(gains[number:].sum()), candidate.dense_cost - candidate.cost(number)
-        heapq.heappush(queue, (-gain / cost, name))
+        options = []
+        if number < candidate.most and candidate.kernel_cost <= left:
+            options.append((-gains[name][number] / candidate.kernel_cost, name, False, candidate.kernel_cost))
+        cost = candidate.dense_cost - candidate.cost(number)
+        if cost <= left:
+            options.append((-rest[name][number] / cost if number < len(rest[name]) else 0.0, name, True, cost))
+        if options:
+            heapq.heappush(queue, min(options))
 
     for name in candidates:
         if name not in dense:
             taken[name] = 1
             offer(name)
     while queue:
-        _, name = heapq.heappop(queue)
-        candidate = candidates[name]
-        if taken[name] < candidate.most:
-            if candidate.kernel_cost <= left:
-                left -= candidate.kernel_cost
-                taken[name] += 1
-                offer(name)
-        elif candidate.dense_cost - candidate.cost(taken[name]) <= left:
-            left -= candidate.dense_cost - candidate.cost(taken[name])
-            dense.add(name)
-        # A step that does not fit never will: the budget only shrinks. The layer is then done.
+        _, name, to_dense, cost = heapq.heappop(queue)
+        if cost <= left:
+            left -= cost
+            if to_dense:
+                dense.add(name)
+                continue
+            taken[name] += 1
+        offer(name)
     return {
         name: None if name in dense else _counts(candidates[name], steps[name][1], taken[name]) for name in candidates
     }

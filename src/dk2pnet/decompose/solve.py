@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dk2pnet.errors import InputError
+
 __all__ = ["Factors", "Problem", "solve", "solve_many", "spectrum"]
 
 # Layers whose stacked A stays below this many bytes are solved together: tiny problems are bound by call overhead.
@@ -23,7 +25,7 @@ _STACK_BYTES = 64 * 2**20
 class Factors:
     """What replaces a dense weight: R kernels, their source channels, and the combination.
 
-    ``kernels (R, 1, kh, kw)``, ``combination (N_total, R / G, 1, 1)``, ``source (R,)`` sorted by branch;
+    float64: ``kernels (R, 1, kh, kw)``, ``combination (N_total, R / G, 1, 1)``, ``source (R,)`` sorted by branch;
     ``bias_shift (N_total,)`` or None is added to the bias; ``errors`` is the damped error, relative to that of an
     all-zero weight, at the start, after each sweep and after the final least squares.
     """
@@ -86,7 +88,7 @@ def solve_many(
     for index, problem in enumerate(problems):
         key: tuple = (index,)
         if problem.A is not None and problem.A.numel() * 8 * len(problems) <= _STACK_BYTES:
-            key = (tuple(problem.weight.shape), problem.groups)
+            key = (tuple(problem.weight.shape), problem.groups, problem.B is None, problem.target is None)
         stacks.setdefault(key, []).append(index)
     results: dict[int, Factors] = {}
     for members in stacks.values():
@@ -123,16 +125,17 @@ def _grouped(weight: Tensor, groups: int) -> Tensor:
 
 
 def _ridge(A: Tensor, damping: float) -> Tensor:
-    """What damping adds to the diagonal of every group's A, (G,)."""
-    mean = A.detach().to("cpu", torch.float64).diagonal(dim1=1, dim2=2).mean(1)
+    """What damping adds to the diagonal of A: relative to the mean over the whole layer, so that a silent group stays
+    silent."""
+    mean = A.detach().to("cpu", torch.float64).diagonal(dim1=1, dim2=2).mean()
     # A layer whose input is zero everywhere has A = 0: any positive diagonal keeps the algebra defined.
-    return torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    return damping * mean if float(mean) > 0 else torch.ones_like(mean)
 
 
 def _damped(A: Tensor, C: int, q: int, damping: float) -> Tensor:
     ridge = _ridge(A, damping)
     A = A.detach().to("cpu", torch.float64, copy=True)
-    A.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
+    A.diagonal(dim1=1, dim2=2).add_(ridge)
     return A.view(-1, C, q, C, q)
 
 
@@ -152,14 +155,23 @@ def _solve_stack(problems: Sequence[Problem], damping: float, sweeps: int, toler
     W = torch.cat([_grouped(problem.weight, groups) for problem in problems])
     G, N, C, q = W.shape
     counts = torch.cat([problem.counts.cpu().view(groups, C) for problem in problems]).clamp_max(min(N, q))
+    if bool((counts.sum(1).view(-1, groups) != counts.sum(1).view(-1, groups)[:, :1]).any()):
+        raise InputError(
+            f"counts give the groups {counts.sum(1).tolist()} kernels (a channel has {min(N, q)} at most); "
+            "expected the same number in every group"
+        )
     A = B = target = None
-    if problems[0].A is not None:
+    if problems[0].A is None and problems[0].B is not None:
+        A = torch.eye(C * q, dtype=W.dtype).expand(G, -1, -1).contiguous().view(G, C, q, C, q)
+        target = W
+    elif problems[0].A is not None:
         A = torch.cat([_damped(problem.A, C, q, damping) for problem in problems if problem.A is not None])
         if problems[0].target is None:
             target = (W.flatten(2) @ A.view(G, C * q, C * q)).view_as(W)
         else:
             given = [problem.target.view(groups, N, C, q) for problem in problems if problem.target is not None]
-            ridge = torch.cat([_ridge(problem.A, damping) for problem in problems if problem.A is not None])
+            ridges = [_ridge(problem.A, damping).expand(groups) for problem in problems if problem.A is not None]
+            ridge = torch.cat(ridges)
             target = torch.cat(given).to(W) + ridge.view(G, 1, 1, 1) * W
             W = torch.linalg.solve(A.view(G, C * q, C * q), target.flatten(2), left=False).view_as(W)
     if problems[0].B is not None:
@@ -169,7 +181,8 @@ def _solve_stack(problems: Sequence[Problem], damping: float, sweeps: int, toler
     for _ in range(sweeps if A is not None else 0):
         descent.sweep()
         history.append(descent.error)
-        if float(history[-2].sum() - history[-1].sum()) <= tolerance * float(history[-1].sum()):
+        before, after = (errors.view(-1, groups).sum(1) for errors in history[-2:])
+        if bool((before - after <= tolerance * after).all()):  # a loud layer must not end the descent of a quiet one
             break
     if A is not None:
         descent.combine()
@@ -308,6 +321,4 @@ class _Descent:
             kernels[mine] *= scale.unsqueeze(1)
             blocks.append(P / scale)
         N_total, _, kh, kw = shape
-        return Factors(
-            kernels.view(-1, 1, kh, kw).float(), torch.cat(blocks).view(N_total, -1, 1, 1).float(), source, None, errors
-        )
+        return Factors(kernels.view(-1, 1, kh, kw), torch.cat(blocks).view(N_total, -1, 1, 1), source, None, errors)

@@ -63,25 +63,25 @@ class CifarResNet(nn.Module):
 
 
 def resnet20(in_channels: int = 3, num_classes: int = 10) -> CifarResNet:
-    """ResNet-20: 272,474 parameters, 40.6 M MACs at 3x32x32 with 10 classes."""
+    """ResNet-20: 269,722 parameters, 40.6 M MACs at 3x32x32 with 10 classes."""
     return CifarResNet(20, in_channels, num_classes)
 
 
 def resnet32(in_channels: int = 3, num_classes: int = 10) -> CifarResNet:
-    """ResNet-32."""
+    """ResNet-32: 464,154 parameters, 68.9 M MACs at 3x32x32 with 10 classes."""
     return CifarResNet(32, in_channels, num_classes)
 
 
 def resnet44(in_channels: int = 3, num_classes: int = 10) -> CifarResNet:
-    """ResNet-44."""
+    """ResNet-44: 658,586 parameters, 97.2 M MACs at 3x32x32 with 10 classes."""
     return CifarResNet(44, in_channels, num_classes)
 
 
 def resnet56(in_channels: int = 3, num_classes: int = 10) -> CifarResNet:
-    """ResNet-56."""
+    """ResNet-56: 853,018 parameters, 125.5 M MACs at 3x32x32 with 10 classes."""
     return CifarResNet(56, in_channels, num_classes)
 
 
 def resnet110(in_channels: int = 3, num_classes: int = 10) -> CifarResNet:
-    """ResNet-110."""
+    """ResNet-110: 1,727,962 parameters, 252.9 M MACs at 3x32x32 with 10 classes."""
     return CifarResNet(110, in_channels, num_classes)

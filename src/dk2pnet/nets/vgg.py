@@ -1,4 +1,4 @@
-"""A small VGG-style network with batch norm (after Simonyan and Zisserman, "Very Deep Convolutional Networks", 2014)."""
+"""A small VGG-style network with batch norm (after Simonyan, Zisserman, "Very Deep Convolutional Networks", 2014)."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class SmallVGG(nn.Module):
 
 
 def vgg8(in_channels: int = 3, num_classes: int = 10) -> SmallVGG:
-    """VGG-8: 1,149,770 parameters, 152.9 M MACs at 3x32x32 with 10 classes."""
+    """VGG-8: 1,148,874 parameters, 152.8 M MACs at 3x32x32 with 10 classes."""
     return SmallVGG(in_channels, num_classes)
