@@ -1,10 +1,22 @@
-"""A network by name, and weights from a file."""
+"""A network by name, and weights from a file.
+
+    model = make_network("resnet20", num_classes=100)          # or "torchvision/resnet18", "timm/...", "net.py:make"
+    load_weights(model, "resnet20.safetensors")                # fits exactly, or InputError and an unchanged model
+    default_normalization("torchvision/resnet18")              # what published weights expect of their input
+
+Nothing heavy is imported before it is needed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import inspect
 import pickle
+import re
 import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dk2pnet.data import Normalization
 from dk2pnet.errors import InputError
@@ -22,6 +35,8 @@ __all__ = ["check_finite", "default_input_size", "default_normalization", "load_
 
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
 _PREFIXES = ("module.", "_orig_mod.")
+_PICKLED = (".pt", ".pth", ".th", ".bin")
+_EXPECTED = "a .safetensors, .pt, .pth, .th or .bin file"
 
 
 def make_network(
@@ -32,198 +47,347 @@ def make_network(
     None stands for the library's default (10 classes and 3 channels for ours, 1,000 classes for torchvision).
     `pretrained` asks torchvision or timm for their published weights, which needs a connection.
     """
-    wanted = {key: value for key, value in (("num_classes", num_classes), ("in_channels", in_channels)) if value}
+    for what, number in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if number is not None and number < 1:
+            raise InputError(f"{what} is {number}; expected 1 or more")
+    if ".py:" in name:  # before the libraries: a folder may well be called timm
+        return _from_file(name, num_classes, in_channels, pretrained)
     library, _, model = name.partition("/")
     if library == "torchvision" and model:
         return _torchvision(model, num_classes, in_channels, pretrained)
     if library == "timm" and model:
         return _timm(model, num_classes, in_channels, pretrained)
+    if name not in NETS:
+        raise InputError(
+            f"network {name!r} is not known; expected {', '.join(NETS)}, torchvision/NAME, timm/NAME, FILE.py:FUNCTION "
+            f"or a folder that dk2pnet wrote{_hint(name)}"
+        )
     if pretrained:
         raise InputError(f"there are no published weights for {name!r}; give a file with --weights")
-    if ".py:" in name:
-        return _from_file(name)
-    if name not in NETS:
-        close = get_close_matches(name, [*NETS, "torchvision/" + name, "timm/" + name], 1)
-        raise InputError(
-            f"network {name!r} is not known; expected {', '.join(NETS)}, torchvision/NAME, timm/NAME, FILE.py:FUNCTION or a "
-            f"folder that dk2pnet wrote{f' (did you mean {close[0]}?)' if close else ''}"
-        )
-    return NETS[name](**wanted)
+    return NETS[name](**_given(num_classes=num_classes, in_channels=in_channels))
+
+
+def _hint(name: str) -> str:
+    import torchvision
+
+    if name in torchvision.models.list_models():
+        return f" (did you mean torchvision/{name}?)"
+    close = get_close_matches(name.lower(), NETS, 3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _given(**options: int | None) -> dict[str, int]:
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _torchvision(model: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
     import torchvision
 
+    name = f"torchvision/{model}"
     if in_channels not in (None, 3):
-        raise InputError(f"torchvision/{model} reads 3 channels, but {in_channels} were asked for; give colour images")
+        raise InputError(f"{name} reads 3 channels, but {in_channels} were asked for; give colour images")
     names = torchvision.models.list_models()
     if model not in names:
         close = ", ".join(get_close_matches(model, names, 3)) or "resnet18"
         raise InputError(f"torchvision has no model {model!r}; the closest names are {close}")
-    if pretrained:
-        return _downloaded(f"torchvision/{model}", lambda: torchvision.models.get_model(model, weights="DEFAULT"))
-    return torchvision.models.get_model(model, weights=None, **({"num_classes": num_classes} if num_classes else {}))
+    options: dict[str, Any] = {"weights": None, **_given(num_classes=num_classes)}
+    if "weights_backbone" in inspect.signature(torchvision.models.get_model_builder(model)).parameters:
+        options["weights_backbone"] = None  # its default would download a backbone
+    network = _made(name, lambda: torchvision.models.get_model(model, **options))
+    if not pretrained:
+        return network
+    published = _downloaded(name, lambda: torchvision.models.get_model(model, weights="DEFAULT"))
+    # A saved student is rebuilt from the plain network, so that one must be the same but for its weights. Where it is
+    # not (GoogLeNet and Inception v3 transform their input), the student would silently compute something else.
+    same_input = getattr(network, "transform_input", None) == getattr(published, "transform_input", None)
+    if not same_input or _problems(network.state_dict(), published.state_dict()):
+        raise InputError(
+            f"the published weights of {name} do not belong to the network that the name and "
+            f"{num_classes or 'the default number of'} classes stand for; leave the number of classes away, take the "
+            "network from timm, or give a file with --weights"
+        )
+    network.load_state_dict(published.state_dict())
+    return network
 
 
 def _timm(model: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
-    timm = _import_timm()
-    if not timm.is_model(model):
-        close = ", ".join(get_close_matches(model, timm.list_models(), 3)) or "resnet18"
-        raise InputError(f"timm has no model {model!r}; the closest names are {close}")
-    options = {key: value for key, value in (("num_classes", num_classes), ("in_chans", in_channels)) if value}
-    if pretrained:
-        return _downloaded(f"timm/{model}", lambda: timm.create_model(model, pretrained=True, **options))
-    return timm.create_model(model, pretrained=False, **options)
+    timm, config = _import_timm(), _timm_config(model)
+    options = _given(num_classes=num_classes, in_chans=in_channels)
+    if not pretrained:
+        return _made(f"timm/{model}", lambda: timm.create_model(model, pretrained=False, **options))
+    if config is None or not config.has_weights:
+        raise InputError(f"there are no published weights for timm/{model}; give a file with --weights")
+    return _downloaded(f"timm/{model}", lambda: timm.create_model(model, pretrained=True, **options))
 
 
 def _import_timm() -> Any:
     try:
         import timm
     except ImportError:
-        raise InputError("timm is not installed, which timm/NAME needs; install it with: pip install timm") from None
+        raise InputError('timm is not installed, which timm/NAME needs; install it: pip install "timm>=1.0"') from None
     return timm
 
 
-def _downloaded(name: str, make: Any) -> nn.Module:
+def _timm_config(model: str) -> Any:
+    """What timm knows about the published weights of `model`; None where it knows nothing."""
+    timm = _import_timm()
+    if not timm.is_model(model):
+        close = ", ".join(get_close_matches(model, timm.list_models(), 3)) or "resnet18"
+        raise InputError(f"timm has no model {model!r}; the closest names are {close}")
+    try:
+        return timm.models.get_pretrained_cfg(model)
+    except RuntimeError as error:
+        architecture = model.partition(".")[0]
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
+        raise InputError(f"timm has no weights {model!r}; it knows {known}") from error
+
+
+def _made(name: str, make: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # on how GoogLeNet is initialised
+            return make()
+    except Exception as error:  # every architecture has limits and exceptions of its own
+        raise InputError(
+            f"{name} cannot be made ({_reason(error)}); choose another network or other options"
+        ) from error
+
+
+def _downloaded(name: str, make: Callable[[], nn.Module]) -> nn.Module:
     try:
         return make()
     except Exception as error:  # every library and network layer has exceptions of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"the published weights of {name} could not be fetched ({reason}); give a file with --weights"
+            f"the published weights of {name} could not be downloaded ({_reason(error)}); "
+            "give a file with --weights FILE"
         ) from error
 
 
-def _from_file(name: str) -> nn.Module:
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _from_file(name: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
     file, _, function = name.rpartition(":")
     path = Path(file).resolve()
+    if pretrained:
+        raise InputError(f"there are no published weights for {name}; give a file with --weights")
+    if num_classes is not None or in_channels is not None:
+        raise InputError(f"{name} decides on classes and channels itself; leave num_classes and in_channels away")
     if not path.is_file():
         raise InputError(f"{file} does not exist; expected FILE.py:FUNCTION, a function that makes the network")
-    spec = importlib.util.spec_from_file_location(f"_dk2pnet_user_{path.stem}", path)
+    # Registered under a private name and left there: dataclasses, type hints and export look a class's module up.
+    private = f"_dk2pnet_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(private, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
+    module = sys.modules[private] = importlib.util.module_from_spec(spec)
+    folder = str(path.parent)
+    sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise InputError(f"{file} has no function {function!r}; expected FILE.py:FUNCTION{_functions(module)}")
         made = getattr(module, function)()
-    except AttributeError as error:
-        if not hasattr(module, function):
-            raise InputError(f"{file} has no function {function!r}; expected FILE.py:FUNCTION") from error
-        raise InputError(
-            f"{name} failed ({error}); expected a function without arguments that makes the network"
-        ) from error
+    except InputError:
+        raise
     except Exception as error:
+        sys.modules.pop(private, None)
         raise InputError(
-            f"{name} failed ({error}); expected a function without arguments that makes the network"
+            f"{name} failed ({type(error).__name__}: {_reason(error)}); "
+            "expected a function without arguments that makes the network"
         ) from error
     finally:
-        sys.path.remove(str(path.parent))
+        if folder in sys.path:
+            sys.path.remove(folder)
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} returned {type(made).__name__}; expected a torch.nn.Module")
     return made
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a state_dict from ``.safetensors``, or from ``.pt/.pth/.th`` (tensors only, nothing is unpickled).
+def _functions(module: Any) -> str:
+    own = [key for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__]
+    return f", it has {', '.join(own[:5])}" if own else ""
 
-    It may be nested (``{"state_dict": ...}``) and its keys may begin with ``module.``. On any error `model` is as it
-    was.
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a state_dict from ``.safetensors`` or ``.pt/.pth/.th/.bin`` (tensors only, nothing is unpickled) strictly.
+
+    It may be nested (``{"state_dict": ...}``), its keys may all begin with ``module.`` or ``_orig_mod.``, and its
+    precision may be another one.
+
+    Raises
+    ------
+    InputError
+        When there is no such file, it cannot be read, holds more than tensors or no state_dict, or its tensors do not
+        fit or are not finite. `model` is as it was.
     """
     path = Path(path)
-    state = _read_state(path)
     own = model.state_dict()
-    # PyTorch fills this counter in where an old checkpoint lacks it.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    misfits = [key for key in own if key in state and state[key].shape != own[key].shape]
-    problems = []
-    for what, keys in (("missing", missing), ("not in the network", unexpected)):
-        if keys:
-            problems.append(f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}")
-    if misfits:
-        shown = [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in misfits[:3]]
-        problems.append(f"{len(misfits)} of another shape: {', '.join(shown)}{', ...' if len(misfits) > 3 else ''}")
+    state = _strip(_find_state(_read(path), path), own)
+    problems = _problems(own, state)
     if problems:
         raise InputError(
-            f"the weights in {path} do not fit the network ({'; '.join(problems)}); give the network they belong to"
+            f"the weights in {path} do not fit the network ({'; '.join(problems)}); give the network and the number "
+            "of classes they belong to"
         )
-    for key, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"the weights in {path} hold NaN or infinity in {key}; give a checkpoint from before that happened"
-            )
+    # In the network's own precision: a number may be finite in float32 and infinite in float16.
+    broken = _first_not_finite((key, value.to(own[key].dtype)) for key, value in state.items() if key in own)
+    if broken is not None:
+        raise InputError(f"the weights in {path} hold NaN or infinity in {broken}; give a checkpoint from before that")
     model.load_state_dict(state)
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> Any:
+    if path.is_dir():
+        raise InputError(f"weights {path} are a folder; expected {_EXPECTED}")
     if not path.is_file():
-        raise InputError(f"weights {path} do not exist; give a .safetensors, .pt, .pth or .th file")
+        raise InputError(f"weights {path} do not exist; expected {_EXPECTED}")
+    suffix = path.suffix.lower()
+    if suffix != ".safetensors" and suffix not in _PICKLED:
+        raise InputError(f"weights {path} are of an unknown kind; expected {_EXPECTED}")
     try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(str(path))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "Weights only" in str(error) or "weights_only" in str(error):
+        if suffix == ".safetensors":
+            return load_file(str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on files that are refused below anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+    ) as error:
+        # What PyTorch says about every file it cannot unpickle comes first, then what is the matter with this one.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        if re.search(r"GLOBAL|TorchScript|[Cc]lass|reduce|new object", reason):
             raise InputError(
-                f"weights {path} hold more than tensors, and unpickling them could run foreign code; save the state_dict alone, "
-                "best as .safetensors"
+                f"weights {path} hold more than tensors (a whole network, or objects of the training script), and "
+                "reading those could run foreign code; save model.state_dict() alone, best with safetensors"
             ) from error
-        raise _corrupt(path, error) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise _corrupt(path, error) from error
-    for _ in range(3):
-        nested = next((key for key in _NESTED if isinstance(state, dict) and isinstance(state.get(key), dict)), None)
+        raise InputError(
+            f"weights {path} cannot be read ({_reason(Exception(reason)) if reason else type(error).__name__}); "
+            "the file is damaged, incomplete or no checkpoint: fetch it again"
+        ) from error
+
+
+def _find_state(content: Any, path: Path) -> dict[str, Any]:
+    while isinstance(content, Mapping):
+        nested = next((key for key in _NESTED if isinstance(content.get(key), Mapping)), None)
         if nested is None:
             break
-        state = state[nested]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"weights {path} hold no state_dict; expected a dictionary of tensors by parameter name")
-    stripped = True
-    while stripped:
-        stripped = False
+        content = content[nested]
+    named = isinstance(content, Mapping) and all(isinstance(key, str) for key in content)
+    if not named or not any(isinstance(value, Tensor) for value in content.values()):
+        what = f"a {type(content).__name__}"
+        if named:
+            what += f" with {', '.join(list(content)[:3])}" if content else " with nothing in it"
+        raise InputError(
+            f"weights {path} hold no state_dict but {what}; expected tensors by name as in model.state_dict(), "
+            f"at the top or under {', '.join(_NESTED)}"
+        )
+    return dict(content)
+
+
+def _strip(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Take away what `DataParallel` and `torch.compile` put before every name, unless the network's have it too."""
+    while True:
         for prefix in _PREFIXES:
-            if all(key.startswith(prefix) for key in state):
+            if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
                 state = {key.removeprefix(prefix): value for key, value in state.items()}
-                stripped = True
-    return state
+                break
+        else:
+            return state
 
 
-def _corrupt(path: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(f"weights {path} cannot be read ({reason}); the file is damaged or no checkpoint: fetch it again")
+def _problems(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """What keeps `state` from being the state of a network whose state is `own`; empty where it fits."""
+    # PyTorch fills this counter in where an old checkpoint lacks it.
+    missing = [
+        f"{key}{_shape(own[key])}" for key in own if key not in state and not key.endswith("num_batches_tracked")
+    ]
+    unexpected = [f"{key}{_shape(state[key])}" for key in state if key not in own]
+    shapes, kinds = [], []
+    for key, value in state.items():
+        wanted = own.get(key)
+        if not isinstance(wanted, Tensor):
+            continue
+        if not isinstance(value, Tensor):
+            kinds.append(f"{key} {type(value).__name__} instead of a tensor")
+        elif value.shape != wanted.shape:
+            shapes.append(f"{key}{_shape(value)} instead of{_shape(wanted)}")
+        elif value.is_quantized or (wanted.is_floating_point() and not value.is_floating_point()):
+            kinds.append(f"{key} {value.dtype} instead of {wanted.dtype}")
+    found = (
+        ("missing", missing),
+        ("not in the network", unexpected),
+        ("of another shape", shapes),
+        ("of another kind", kinds),
+    )
+    return [
+        f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}" for what, keys in found if keys
+    ]
+
+
+def _shape(value: Any) -> str:
+    return f" {tuple(value.shape)}" if isinstance(value, Tensor) else ""
 
 
 def check_finite(model: nn.Module) -> None:
     """Raise `InputError` naming the first parameter or buffer that holds NaN or infinity."""
-    for key, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"the network holds NaN or infinity in {key}; give weights from before that happened")
+    broken = _first_not_finite(_numbers(model))
+    if broken is not None:
+        raise InputError(f"the network holds NaN or infinity in {broken}; give weights from before that happened")
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, except buffers that are never saved: masks among them may hold -inf."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(f"{name} of the network has no shape yet; run the network on one image first")
+        yield name, parameter
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and not is_lazy(buffer):
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+# -- what published weights expect -------------------------------------------------------------------------------------
 
 
 def default_normalization(name: str) -> Normalization | None:
     """What the published weights of torchvision and timm networks expect; None for all others."""
-    if name.startswith("torchvision/"):
+    library, _, model = name.partition("/")
+    if ".py:" in name:
+        return None
+    if library == "torchvision":
         return Normalization.parse("imagenet")
-    if name.startswith("timm/"):
-        config = _timm_config(name)
-        return Normalization(tuple(config["mean"]), tuple(config["std"]))
-    return None
+    config = _timm_config(model) if library == "timm" else None
+    return Normalization(tuple(config.mean), tuple(config.std)) if config is not None else None
 
 
 def default_input_size(name: str) -> int | None:
     """Side of the images that torchvision and timm networks are published for; None for all others."""
-    if name.startswith("torchvision/"):
+    library, _, model = name.partition("/")
+    if ".py:" in name:
+        return None
+    if library == "torchvision":
         return 224
-    return int(_timm_config(name)["input_size"][-1]) if name.startswith("timm/") else None
-
-
-def _timm_config(name: str) -> dict[str, Any]:
-    timm = _import_timm()
-    model = name.partition("/")[2]
-    if not timm.is_model(model):
-        _timm(model, None, None, False)  # says which names there are
-    config = timm.models.get_pretrained_cfg(model)
-    config = config.to_dict() if config is not None else {}
-    return {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "input_size": (3, 224, 224)} | config
+    config = _timm_config(model) if library == "timm" else None
+    return int(config.input_size[-1]) if config is not None else None

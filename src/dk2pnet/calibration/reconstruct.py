@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dk2pnet.calibration.gather import input_patches, inference_of, sampled_outputs
+from dk2pnet.calibration.gather import inference_of, input_patches, sampled_outputs
 from dk2pnet.convert import Convolution
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.layer import DKConv2d
@@ -20,7 +20,7 @@ from dk2pnet.layer import DKConv2d
 __all__ = ["reconstruct"]
 
 
-class _Stop(Exception):  # noqa: N818
+class _Stop(Exception):
     """Ends a forward pass early: nothing behind the layer in hand matters."""
 
 
