@@ -71,8 +71,8 @@ def main() -> None:
                 result["rows"].append(row)
                 result |= environment(pick_device("auto"))
                 path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                print(f"{budget:10} {criterion:9} seed {seed}: {row['accuracy']:.2f} % of {row['teacher_accuracy']:.2f} %,"
-                      f" MACs x{row['macs_kept']:.3f}, {row['seconds_all']:.0f} s", flush=True)  # fmt: skip
+                figures = f"{row['accuracy']:.2f} % of {row['teacher_accuracy']:.2f} %, MACs x{row['macs_kept']:.3f}"
+                print(f"{budget:10} {criterion:9} seed {seed}: {figures}, {row['seconds_all']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

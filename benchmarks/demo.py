@@ -52,7 +52,9 @@ def run(folder: Path, console: Console) -> list[dict]:
     """Train, compress, export, evaluate, time."""
     teacher = folder / "teacher"
     console.print("training the teacher ...")
-    train_network("vgg8", "digits", teacher, options=TrainingOptions(epochs=8, learning_rate=0.05, batch_size=64))
+    train_network(
+        "vgg8", "digits", teacher, input_size=16, options=TrainingOptions(epochs=8, learning_rate=0.05, batch_size=64)
+    )
     model, plan = dk2pnet.load_student(teacher)
     assert plan.input_shape is not None
     example = torch.zeros(1, *plan.input_shape)

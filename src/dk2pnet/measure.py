@@ -127,9 +127,10 @@ def accuracy(predictions: Predictions) -> float:
     if not is_classifier(predictions.outputs):
         raise InputError("accuracy needs a classifier (one row of class scores per image), which this network is not")
     scores = predictions.outputs[0]
-    if int(predictions.labels.max()) >= scores.shape[1]:
+    highest = int(predictions.labels.max())
+    if highest >= scores.shape[1]:
         raise InputError(
-            f"the data has labels up to {int(predictions.labels.max())}, but the network has {scores.shape[1]} classes; "
+            f"the data has labels up to {highest}, but the network has {scores.shape[1]} classes; "
             "give the data set that the network was trained for"
         )
     return 100 * float((scores.argmax(1) == predictions.labels).double().mean())

@@ -151,8 +151,8 @@ def compress(
         raise InputError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}")
     if calibration_images < 2 or memory <= 0 or epochs < 0:
         raise InputError(
-            f"calibration images {calibration_images}, memory {memory:g} GiB, epochs {epochs}; expected at least 2 images, "
-            "memory above 0 and no negative epochs"
+            f"calibration images {calibration_images}, memory {memory:g} GiB, epochs {epochs}; "
+            "expected at least 2 images, memory above 0 and no negative epochs"
         )
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
@@ -189,7 +189,8 @@ def compress(
         teacher_held = predict(teacher, images.held_out, chosen)
         if not all(bool(torch.isfinite(output).all()) for output in teacher_held.outputs):
             raise InputError(
-                "the network's outputs are not finite on the calibration images; check the weights and the normalisation"
+                "the network's outputs are not finite on the calibration images; "
+                "check the weights and the normalisation"
             )
 
     with MomentStore() as store:
@@ -396,7 +397,8 @@ def _spend(
     if budget.value * total < least:
         raise InputError(
             f"budget {budget} cannot be reached: one kernel in every layer that can be decomposed gives "
-            f"{budget.kind}={_round_up(least / total)}; give at least that, or let the first convolution go too (--first)"
+            f"{budget.kind}={_round_up(least / total)}; give at least that, or let the first convolution go too "
+            "(--first)"
         )
     return select(candidates, budget.value * total - fixed)
 

@@ -42,7 +42,8 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise InputError(
-                f"training was asked for {self.epochs} epochs of batches of {self.batch_size}; expected 1 or more of each"
+                f"training was asked for {self.epochs} epochs of batches of {self.batch_size}; "
+                "expected 1 or more of each"
             )
         if not (
             self.learning_rate > 0 and self.tau > 0 and self.kp_tau > 0 and 0 <= self.alpha <= 1 and self.beta >= 0
@@ -132,7 +133,8 @@ def train(
                 if not bool(torch.isfinite(loss)):
                     parts = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
                     raise InputError(
-                        f"the loss is not finite at step {step + 1} of {total} ({parts}); lower the learning rate with --lr"
+                        f"the loss is not finite at step {step + 1} of {total} ({parts}); "
+                        "lower the learning rate with --lr"
                     )
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(prepared.parameters(), 5.0)
