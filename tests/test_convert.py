@@ -53,7 +53,6 @@ def plan_for(model, example, count=2):
                 s.shape,
                 s.reason,
                 None if s.reason else [count] * s.module.in_channels,
-                s.module.bias is not None,
             )
             for s in sites
         ]
@@ -120,7 +119,7 @@ def test_full_rank_conversion_is_exact_and_leaves_the_model_alone(odd):
 
 def test_a_model_that_is_one_convolution():
     conv = nn.Conv2d(4, 4, 3)
-    plan = Plan(layers=[LayerPlan("", "", counts=[9] * 4, bias=True)])
+    plan = Plan(layers=[LayerPlan("", "", counts=[9] * 4)])
     student = convert(conv, plan, {"": solve(conv.weight, [9] * 4)})
     x = torch.randn(1, 4, 5, 5)
     assert isinstance(student, DKConv2d)

@@ -157,20 +157,7 @@ def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None 
         if factors is not None:
             layers[conv] = DKConv2d.from_factors(conv, factors[layer.name])
         else:
-            layers[conv] = DKConv2d(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size,  # type: ignore[arg-type]
-                conv.stride,  # type: ignore[arg-type]
-                conv.padding,  # type: ignore[arg-type]
-                conv.dilation,  # type: ignore[arg-type]
-                conv.groups,
-                layer.bias,
-                conv.padding_mode,
-                counts=layer.counts,
-                device=conv.weight.device,
-                dtype=conv.weight.dtype,
-            ).train(conv.training)
+            layers[conv] = DKConv2d.like(conv, layer.counts)
     if student in layers:  # the model is itself one convolution
         return layers[student]
     replace_modules(student, layers)

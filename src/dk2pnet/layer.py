@@ -183,12 +183,8 @@ class DKConv2d(nn.Module):
     # -- building ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_factors(cls, conv: nn.Conv2d, factors: Factors, form: str = "branches") -> DKConv2d:
-        """Make the layer that takes the place of `conv`, with kernels and combination found by `decompose.solve`.
-
-        The bias is `conv`'s plus ``factors.bias_shift`` where there is one.
-        """
-        has_bias = conv.bias is not None or factors.bias_shift is not None
+    def like(cls, conv: nn.Conv2d, counts: int | Sequence[int], form: str = "branches") -> DKConv2d:
+        """An untrained layer with the geometry, dtype, device and modes of `conv`."""
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -197,22 +193,25 @@ class DKConv2d(nn.Module):
             conv.padding,  # type: ignore[arg-type]
             conv.dilation,  # type: ignore[arg-type]
             conv.groups,
-            has_bias,
+            conv.bias is not None,
             conv.padding_mode,
-            counts=torch.bincount(factors.source, minlength=conv.in_channels).tolist(),
+            counts=counts,
             form=form,
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
+        return layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
+
+    @classmethod
+    def from_factors(cls, conv: nn.Conv2d, factors: Factors, form: str = "branches") -> DKConv2d:
+        """Make the layer that takes the place of `conv`, with kernels and combination found by `decompose.solve` and
+        `conv`'s bias."""
+        layer = cls.like(conv, torch.bincount(factors.source, minlength=conv.in_channels).tolist(), form)
         with torch.no_grad():
             layer.kernels.copy_(factors.kernels)
             layer.combination.copy_(factors.combination)
-            if layer.bias is not None:
-                layer.bias.copy_(conv.bias if conv.bias is not None else torch.zeros_like(layer.bias))
-                if factors.bias_shift is not None:
-                    layer.bias += factors.bias_shift.to(layer.bias)
-        layer.train(conv.training)
-        layer.requires_grad_(conv.weight.requires_grad)
+            if layer.bias is not None and conv.bias is not None:
+                layer.bias.copy_(conv.bias)
         return layer
 
     @classmethod

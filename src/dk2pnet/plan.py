@@ -57,7 +57,6 @@ class LayerPlan:
     shape: str
     reason: str = ""
     counts: list[int] | None = None
-    bias: bool = False
     macs_dense: int = 0
     macs: int = 0
     parameters_dense: int = 0

@@ -26,14 +26,13 @@ class Factors:
     """What replaces a dense weight: R kernels, their source channels, and the combination.
 
     float64: ``kernels (R, 1, kh, kw)``, ``combination (N_total, R / G, 1, 1)``, ``source (R,)`` sorted by branch;
-    ``bias_shift (N_total,)`` or None is added to the bias; ``errors`` is the damped error, relative to that of an
-    all-zero weight, at the start, after each sweep and after the final least squares.
+    ``errors`` is the damped error, relative to that of an all-zero weight, at the start, after each sweep and after the
+    final least squares.
     """
 
     kernels: Tensor
     combination: Tensor
     source: Tensor
-    bias_shift: Tensor | None = None
     errors: list[float] = field(default_factory=list)
 
 
@@ -171,8 +170,7 @@ def _solve_stack(problems: Sequence[Problem], damping: float, sweeps: int, toler
         else:
             given = [problem.target.view(groups, N, C, q) for problem in problems if problem.target is not None]
             ridges = [_ridge(problem.A, damping).expand(groups) for problem in problems if problem.A is not None]
-            ridge = torch.cat(ridges)
-            target = torch.cat(given).to(W) + ridge.view(G, 1, 1, 1) * W
+            target = torch.cat(given).to(W) + torch.cat(ridges).view(G, 1, 1, 1) * W
             W = torch.linalg.solve(A.view(G, C * q, C * q), target.flatten(2), left=False).view_as(W)
     if problems[0].B is not None:
         B = torch.cat([_root(problem.B) for problem in problems if problem.B is not None])
@@ -321,4 +319,4 @@ class _Descent:
             kernels[mine] *= scale.unsqueeze(1)
             blocks.append(P / scale)
         N_total, _, kh, kw = shape
-        return Factors(kernels.view(-1, 1, kh, kw), torch.cat(blocks).view(N_total, -1, 1, 1), source, None, errors)
+        return Factors(kernels.view(-1, 1, kh, kw), torch.cat(blocks).view(N_total, -1, 1, 1), source, errors)

@@ -234,8 +234,7 @@ def compress(
             student = _keep_better(
                 "layer-by-layer reconstruction", student, better, teacher_held, images, chosen, decisions
             )
-    if needs_images and replaced:
-        assert images is not None
+    if images is not None and replaced:
         assert teacher_held is not None
         with clock("correct"):
             corrected = copy_model(student)
@@ -431,9 +430,8 @@ def _plan(
     )
     for site in sites:
         size = site.module.weight.numel()  # type: ignore[union-attr,operator]
-        layer = LayerPlan(site.name, site.shape, site.reason, None, False, site.macs, site.macs, size, size)
+        layer = LayerPlan(site.name, site.shape, site.reason, None, site.macs, site.macs, size, size)
         layer.aliases = site.aliases
-        layer.bias = site.module.bias is not None
         count = counts.get(site.name)
         if count is not None:
             conv = site.module
