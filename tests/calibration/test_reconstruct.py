@@ -1,0 +1,207 @@
+"""The layer-by-layer reconstruction: both of its ways, what it promises, and what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dk2pnet.calibration.reconstruct import reconstruct
+from dk2pnet.convert import copy_model, find_convolutions
+from dk2pnet.decompose.solve import Problem, solve_many
+from dk2pnet.layer import DKConv2d
+
+LITTLE = 1000  # bytes: all images at once never fit
+
+
+def network(seed=0, depth=4, width=8, groups=1, stride=1, bias=True):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, width, 3, padding=1), nn.ReLU()]
+    for number in range(depth - 1):
+        step = stride if number == 0 else 1
+        layers += [nn.Conv2d(width, width, 3, step, 1, groups=groups, bias=bias), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4))
+    model(torch.zeros(1, 3, 8, 8))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(1.7)  # so that signals neither fade nor grow
+    return model.eval()
+
+
+def images(count=48, batch=12, seed=1):
+    x = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return [(part, None) for part in x.split(batch)]
+
+
+def prepare(teacher, kernels):
+    """The dense student with its first, data-free, folded weights, and what `reconstruct` asks for."""
+    sites = find_convolutions(teacher, torch.zeros(1, 3, 8, 8))
+    counts = {s.name: torch.full((s.module.in_channels,), kernels) for s in sites if not s.reason}
+    student = copy_model(teacher)
+    modules = dict(student.named_modules())
+    for name, count in counts.items():
+        conv = modules[name]
+        factors = solve_many([Problem(conv.weight, count, None, None, conv.groups)])[0]
+        with torch.no_grad():
+            conv.weight.copy_(DKConv2d.from_factors(conv, factors).fold())
+    return student, sites, counts
+
+
+def run(teacher, kernels, batches=None, **options):
+    batches = images() if batches is None else batches
+    student, sites, counts = prepare(teacher, kernels)
+    before = output_error(teacher, student, batches)
+    fisher = dict.fromkeys(counts)
+    count = sum(len(x) for x, _ in batches)
+    found = reconstruct(teacher, student, sites, counts, fisher, batches, images=count, **options)
+    return found, student, before
+
+
+def output_error(teacher, student, batches):
+    with torch.no_grad():
+        return sum(float((teacher(x) - student(x)).square().sum()) for x, _ in batches)
+
+
+CASES = [{}, {"groups": 2}, {"stride": 2}, {"groups": 2, "stride": 2, "bias": False}]
+
+
+@pytest.mark.parametrize("shape", CASES)
+@pytest.mark.parametrize("positions", [4, 1000])
+def test_one_pass_and_a_pass_per_layer_give_the_same(shape, positions):
+    """`memory` too small for all images makes `reconstruct` take a pass for every layer."""
+    passes = []
+
+    class Counted(list):
+        def __iter__(self):
+            passes.append(1)
+            return super().__iter__()
+
+    results = []
+    for memory in (2 * 2**30, LITTLE):
+        passes.clear()
+        limit = 4 if memory == LITTLE else positions  # little memory also lowers the positions to 4
+        found, student, _ = run(network(**shape), 2, Counted(images()), memory=memory, positions=min(positions, limit))
+        results.append((found, student, len(passes)))
+    (one, first, few), (many, second, more) = results
+    assert more > few
+    assert list(one) == list(many) == ["2", "4", "6"]
+    if positions == 4:
+        for name in one:
+            assert torch.equal(one[name].source, many[name].source)
+            torch.testing.assert_close(one[name].kernels, many[name].kernels, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(one[name].combination, many[name].combination, rtol=1e-2, atol=1e-3)
+        for a, b in zip(first.parameters(), second.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [5, 16, 48])
+def test_the_batches_do_not_matter(batch):
+    wanted, _, _ = run(network(), 2)
+    got, _, _ = run(network(), 2, images(batch=batch))
+    for name in wanted:
+        torch.testing.assert_close(got[name].combination, wanted[name].combination, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", CASES)
+@pytest.mark.parametrize("memory", [2 * 2**30, LITTLE])
+def test_a_student_of_full_rank_is_the_teacher(shape, memory):
+    teacher = network(**shape)
+    _, student, _ = run(teacher, 9, memory=memory)
+    fresh = images(seed=5)
+    energy = sum(float(teacher(x).detach().square().sum()) for x, _ in fresh)
+    assert output_error(teacher, student, fresh) < 1e-6 * energy
+
+
+@pytest.mark.parametrize("shape", CASES)
+@pytest.mark.parametrize("memory", [2 * 2**30, 2**19])
+def test_the_outputs_come_closer_to_the_teachers(shape, memory):
+    teacher = network(depth=5, **shape)
+    _, student, before = run(teacher, 2 if "groups" in shape else 1, images(192, 48), memory=memory)
+    assert output_error(teacher, student, images(192, 48)) < 0.85 * before
+
+
+@pytest.mark.parametrize("shape", CASES)
+def test_each_layer_is_solved_for_the_inputs_of_the_student(shape):
+    """Against the definition: least squares from the student's own patches to the teacher's outputs, all positions."""
+    teacher, batches = network(depth=3, **shape), images()
+    found, student, _ = run(teacher, 2, batches, positions=64, damping=1e-6)
+    x = torch.cat([x for x, _ in batches])
+    with torch.no_grad():
+        for name in ("2", "4"):
+            conv, number = teacher.get_submodule(name), int(name)
+            wanted, inputs = conv(teacher[:number](x)), student[:number](x)
+            if conv.bias is not None:
+                wanted = wanted - conv.bias.view(-1, 1, 1)
+            patches = nn.functional.unfold(inputs, 3, 1, 1, conv.stride).transpose(1, 2).flatten(0, 1).double()
+            y = wanted.flatten(2).transpose(1, 2).flatten(0, 1).double()
+            source, kernels = found[name].source, found[name].kernels.flatten(1)
+            maps = torch.stack([patches[:, 9 * c : 9 * c + 9] @ k for c, k in zip(source, kernels, strict=True)], 1)
+            best = []
+            for group in range(conv.groups):
+                width = conv.out_channels // conv.groups
+                mine = source // (conv.in_channels // conv.groups) == group
+                columns = y[:, group * width : (group + 1) * width]
+                best.append(torch.linalg.lstsq(maps[:, mine], columns).solution.T)
+            torch.testing.assert_close(found[name].combination.flatten(1), torch.cat(best), rtol=1e-3, atol=1e-3)
+
+
+def test_the_factors_are_those_in_the_student():
+    teacher = network()
+    found, student, _ = run(teacher, 2)
+    modules = dict(teacher.named_modules())
+    for name, factors in found.items():
+        folded = DKConv2d.from_factors(modules[name], factors).fold()
+        torch.testing.assert_close(student.get_submodule(name).weight, folded, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [2 * 2**30, LITTLE])
+def test_everything_else_is_left_as_it_was(memory):
+    teacher = network().train()
+    teacher[2].eval()
+    teacher[4].weight.requires_grad_(False)
+    before = copy.deepcopy(teacher.state_dict())
+    modes = [module.training for module in teacher.modules()]
+    flags = [parameter.requires_grad for parameter in teacher.parameters()]
+    student, sites, counts = prepare(teacher, 2)
+    calls = []
+    options = {"images": 48, "memory": memory, "progress": calls.append}
+    reconstruct(teacher, student, sites, counts, dict.fromkeys(counts), images(), **options)
+    assert calls == [1, 2, 3]
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    for model in (teacher, student):
+        assert [module.training for module in model.modules()] == modes
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(student[0].weight, teacher[0].weight)
+    assert all(torch.equal(student.get_parameter(f"{n}.bias"), teacher.get_parameter(f"{n}.bias")) for n in counts)
+
+
+@pytest.mark.parametrize("memory", [2 * 2**30, LITTLE])
+def test_an_error_on_the_way_leaves_no_hooks(memory):
+    teacher = network()
+    student, sites, counts = prepare(teacher, 2)
+
+    def fail(done):
+        raise KeyboardInterrupt
+
+    options = {"images": 48, "memory": memory, "progress": fail}
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(teacher, student, sites, counts, dict.fromkeys(counts), images(), **options)
+    for model in (teacher, student):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_convolution_that_runs_twice_is_left_to_others():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.conv, self.last = (nn.Conv2d(*ab, 3, padding=1) for ab in ((3, 6), (6, 6), (6, 6)))
+
+        def forward(self, x):
+            return self.last(self.conv(self.conv(self.stem(x)).relu()).relu()).mean((2, 3))
+
+    found, _, _ = run(Twice().eval(), 2)
+    assert list(found) == ["last"]

@@ -1,0 +1,418 @@
+"""The commands as a user runs them: what they write, what they say, and what they leave behind when they refuse.
+
+Commands that must work from a bare shell run in a process of their own; the rest runs `main` in this one, which spares
+the seconds that importing PyTorch takes.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from torch import nn
+
+from dk2pnet import cli
+from dk2pnet.deploy.latency import compare_latency
+from dk2pnet.pipelines import compress as pipeline
+
+FILES = {"plan.json", "model.safetensors", "model.onnx", "metrics.json", "report.html", "recipe.yaml"}
+HALF = ["compress", "--model", "teacher", "--data", "digits", "--budget", "macs=0.5"]
+BY_NAME = ["--model", "lenet", "--data", "digits", "--normalize", "0.5/0.5"]
+
+
+@dataclass
+class Answer:
+    code: int
+    out: str
+    err: str
+
+
+def shell(*args, cwd):
+    """The console script in a fresh process, without a network."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf"), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "dk2pnet.cli", *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def here(*args, cwd):
+    """The same entry point in this process; latencies are measured for a moment only."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["dk2pnet", *map(str, args)])
+        quick = functools.partial(compare_latency, seconds=0.02, rounds_min=2)
+        patch.setattr(pipeline, "compare_latency", quick)
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+def works(run, *args, cwd):
+    answer = run(*args, cwd=cwd)
+    assert answer.code == 0, answer.err
+    return answer
+
+
+def snapshot(folder):
+    """Every file and folder under `folder` with a hash of its content; Python's byte code is not ours."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts and "hf" not in path.relative_to(folder).parts[:1]
+    }
+
+
+def error_of(answer):
+    """The one sentence of a refusal."""
+    assert answer.code == 2, answer.err
+    assert "Traceback" not in answer.out + answer.err
+    lines = [line for line in answer.err.splitlines() if line.strip()]
+    assert lines[-1].startswith("Error: ")
+    assert answer.err.count("Error: ") == 1
+    return lines[-1]
+
+
+def figures(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def accuracy_in(answer):
+    return float(answer.out.partition("accuracy ")[2].split()[0])
+
+
+def write_digits(folder, count, labelled=True, start=0):
+    digits = load_digits()
+    for number in range(start, start + count):
+        place = folder / f"digit{digits.target[number]}" if labelled else folder
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.clip(digits.images[number] * 15.9375, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a trained network, teacher/."""
+    folder = tmp_path_factory.mktemp("commands")
+    options = ["--model", "lenet", "--data", "digits", "--epochs", 3, "--lr", 0.05, "--batch-size", 16]
+    answer = works(shell, "train", *options, "--out", "teacher", cwd=folder)
+    assert "test accuracy" in answer.out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(place):
+    """The teacher at half its MACs, by the commands of the README."""
+    answer = works(shell, *HALF, "--criterion", "loss", "--out", "half", cwd=place)
+    return place / "half", answer
+
+
+# -- what a run writes -------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_network_that_has_learned(place):
+    assert {path.name for path in (place / "teacher").iterdir()} == FILES - {"model.onnx", "report.html"}
+    network = figures(place / "teacher")["network"]
+    assert network["accuracy"] > 60
+    assert network["validation_accuracy"] > 60
+    assert network["parameters"] == sum(t.numel() for t in load_file(place / "teacher/model.safetensors").values())
+
+
+def test_compress_writes_every_file(half):
+    folder, answer = half
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert "Written to half" in answer.out
+    assert "Traceback" not in answer.err
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page or "data:image" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page), "one self-contained page"
+
+
+def test_metrics_of_compress_are_consistent(place, half):
+    folder, _ = half
+    metrics, plan = figures(folder), json.loads((folder / "plan.json").read_text())
+    teacher, student = metrics["teacher"], metrics["student"]
+    trained = figures(place / "teacher")["network"]
+    assert teacher["macs"] == trained["macs"] == plan["macs_dense"]
+    assert teacher["parameters"] == trained["parameters"] == plan["parameters_dense"]
+    assert teacher["accuracy"] == pytest.approx(trained["accuracy"])
+    assert 0.3 * teacher["macs"] < student["macs"] <= 0.5 * teacher["macs"]
+    assert student["macs"] == plan["macs"]
+    assert student["parameters"] == plan["parameters"] < teacher["parameters"]
+    saved = load_file(folder / "model.safetensors").items()
+    assert student["parameters"] == sum(t.numel() for name, t in saved if not name.endswith("source"))
+    assert [stage["name"] for stage in metrics["stages"]] == ["teacher", "closed form"]
+    assert metrics["stages"][0]["accuracy"] == teacher["accuracy"]
+    assert metrics["stages"][-1]["accuracy"] == student["accuracy"]
+    assert student["accuracy"] > teacher["accuracy"] - 5
+    assert student["agreement"] > 90
+    assert student["onnx_bytes"] == (folder / "model.onnx").stat().st_size < teacher["onnx_bytes"]
+    for side in (teacher, student):
+        low, high = side["latency_interval_ms"]
+        assert 0 < low <= side["latency_ms"] <= high
+    run = metrics["run"]
+    assert run["command"].startswith("dk2pnet compress --model teacher")
+    assert run["criterion"] == "loss"
+    assert run["budget"] == "macs=0.5"
+    assert run["seed"] == 0
+    assert {"python", "torch", "onnx", "onnxruntime", "dk2pnet"} <= run["versions"].keys()
+    assert run["images"]["test"] == 359
+
+
+def test_evaluate_agrees_for_folder_onnx_file_and_name(place, half):
+    folder, _ = half
+    metrics = figures(folder)
+    student = accuracy_in(works(shell, "evaluate", "--model", "half", "--data", "digits", cwd=place))
+    in_onnx = accuracy_in(works(here, "evaluate", "--model", "half/model.onnx", "--data", "digits", cwd=place))
+    teacher = accuracy_in(works(here, "evaluate", "--model", "teacher", "--data", "digits", cwd=place))
+    saved = json.loads((folder / "plan.json").read_text())["normalization"]
+    normalize = "/".join(",".join(map(str, saved[key])) for key in ("mean", "std"))
+    by_name = ["--model", "lenet", "--weights", "teacher/model.safetensors", "--normalize", normalize]
+    named = accuracy_in(works(here, "evaluate", *by_name, "--data", "digits", cwd=place))
+    assert student == pytest.approx(metrics["student"]["accuracy"], abs=0.01)
+    assert in_onnx == pytest.approx(student, abs=0.3)  # one image of 359: the last bits of float32 are ONNX Runtime's
+    assert named == teacher == pytest.approx(metrics["teacher"]["accuracy"], abs=0.01)
+
+
+def test_a_recipe_repeats_the_run_bit_by_bit(place, half):
+    folder, _ = half
+    works(shell, "compress", "--recipe", "half/recipe.yaml", "--out", "again", cwd=place)
+    again = place / "again"
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (again / "plan.json").read_bytes() == (folder / "plan.json").read_bytes()
+    assert (again / "recipe.yaml").read_bytes() == (folder / "recipe.yaml").read_bytes()
+
+
+def test_options_win_over_the_recipe(place, half):
+    works(here, "compress", "--recipe", "half/recipe.yaml", "--budget", "macs=0.7", "--out", "wider", cwd=place)
+    recipe = yaml.safe_load((place / "wider/recipe.yaml").read_text())
+    assert recipe["budget"] == "macs=0.7"
+    assert recipe["data"] == "digits"
+    metrics = figures(place / "wider")
+    assert 0.5 < metrics["student"]["macs"] / metrics["teacher"]["macs"] <= 0.7
+
+
+@pytest.mark.parametrize("criterion", ["response", "weight"])
+def test_other_criteria(place, criterion):
+    works(here, *HALF, "--criterion", criterion, "--out", criterion, cwd=place)
+    metrics = figures(place / criterion)
+    assert metrics["run"]["criterion"] == criterion
+    assert metrics["student"]["macs"] <= 0.5 * metrics["teacher"]["macs"]
+    assert metrics["student"]["agreement"] > 50
+
+
+def test_kernels_per_channel_and_first_and_keep(place):
+    works(here, *HALF[:-1], "kernels=2", "--first", "--keep", "features.6", "--out", "two", cwd=place)
+    layers = {layer["name"]: layer for layer in figures(place / "two")["layers"]}
+    assert layers["features.0"]["counts"] == [2]
+    assert layers["features.3"]["counts"] == [2] * 16
+    assert layers["features.6"]["counts"] is None
+    assert "--keep features.6" in layers["features.6"]["reason"]
+
+
+def test_weight_without_images(place):
+    works(here, "compress", "--model", "teacher", "--criterion", "weight", "--out", "blind", cwd=place)
+    metrics = figures(place / "blind")
+    assert metrics["student"]["accuracy"] is None
+    assert metrics["student"]["macs"] <= 0.44 * metrics["teacher"]["macs"]
+    assert {path.name for path in (place / "blind").iterdir()} == FILES
+
+
+def test_training_adds_a_stage(place):
+    works(here, *HALF, "--criterion", "weight", "--epochs", 1, "--out", "tuned", cwd=place)
+    metrics = figures(place / "tuned")
+    assert [stage["name"] for stage in metrics["stages"]] == ["teacher", "closed form", "trained"]
+    assert metrics["student"]["accuracy"] == metrics["stages"][2]["accuracy"]
+    assert metrics["stages"][2]["agreement"] > metrics["stages"][1]["agreement"]
+    evaluated = accuracy_in(works(here, "evaluate", "--model", "tuned", "--data", "digits", cwd=place))
+    assert evaluated == pytest.approx(metrics["student"]["accuracy"], abs=0.01)
+
+
+def test_a_folder_of_images_is_data(place):
+    write_digits(place / "pictures/train", 200)
+    write_digits(place / "pictures/test", 100, start=200)
+    works(here, *HALF[:3], "--data", "./pictures", "--out", "from-pictures", cwd=place)
+    metrics = figures(place / "from-pictures")
+    assert metrics["run"]["images"]["test"] == 100
+    assert metrics["student"]["accuracy"] > 60
+    answer = works(here, "evaluate", "--model", "from-pictures", "--data", "./pictures", cwd=place)
+    assert accuracy_in(answer) == pytest.approx(metrics["student"]["accuracy"])
+    assert "100 images" in answer.out
+
+
+def test_images_without_labels_are_enough_to_compress(place):
+    write_digits(place / "plain", 60, labelled=False)
+    works(here, *HALF[:3], "--data", "./plain", "--out", "from-plain", cwd=place)
+    metrics = figures(place / "from-plain")
+    assert metrics["student"]["accuracy"] is None
+    assert metrics["student"]["agreement"] > 50
+
+
+def test_overwrite_replaces_an_earlier_run(place):
+    works(here, *HALF, "--criterion", "weight", "--out", "replaced", cwd=place)
+    works(here, *HALF[:-1], "kernels=1", "--criterion", "weight", "--out", "replaced", "--overwrite", cwd=place)
+    assert figures(place / "replaced")["run"]["budget"] == "kernels=1"
+    assert {path.name for path in (place / "replaced").iterdir()} == FILES
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoilt(place):
+    """The same folder with all sorts of bad input in bad/."""
+    bad = place / "bad"
+    bad.mkdir()
+    weights = load_file(place / "teacher/model.safetensors")
+    (bad / "garbage.pth").write_bytes(b"\x93no checkpoint at all" * 20)
+    (bad / "cut.safetensors").write_bytes((place / "teacher/model.safetensors").read_bytes()[:5000])
+    torch.save(nn.Linear(2, 2), bad / "whole.pth")
+    save_file({"layer.weight": torch.zeros(3, 3)}, bad / "other.safetensors")
+    holes = {name: tensor.clone() for name, tensor in weights.items()}
+    holes["features.3.weight"][0, 0, 0, 0] = float("nan")
+    save_file(holes, bad / "nan.safetensors")
+    write_digits(bad / "broken", 40)
+    (bad / "broken/digit3/spoilt.png").write_bytes(b"\x89PNG but not for long")
+    write_digits(bad / "unlabelled", 20, labelled=False)
+    (bad / "mine").mkdir()
+    (bad / "mine/thesis.txt").write_text("years of work")
+    (bad / "recipe.yaml").write_text("model: teacher\nspeed: 11\n")
+    return place
+
+
+COMPRESS = ["compress", *BY_NAME]
+TEACHER = ["compress", "--model", "teacher", "--data", "digits"]
+BAD = {
+    "weights that do not exist": ([*COMPRESS, "--weights", "nowhere.pth"], ["nowhere.pth", "exist"]),
+    "corrupt .pth": ([*COMPRESS, "--weights", "bad/garbage.pth"], ["garbage.pth", "damaged"]),
+    "truncated safetensors": ([*COMPRESS, "--weights", "bad/cut.safetensors"], ["cut.safetensors", "damaged"]),
+    "pickle of objects": ([*COMPRESS, "--weights", "bad/whole.pth"], ["whole.pth", "more than tensors", "state_dict"]),
+    "weights of another network": ([*COMPRESS, "--weights", "bad/other.safetensors"], ["other.safetensors", "fit"]),
+    "NaN in the weights": ([*COMPRESS, "--weights", "bad/nan.safetensors"], ["nan.safetensors", "NaN", "features.3"]),
+    "an image that cannot be read": ([*TEACHER[:3], "--data", "./bad/broken"], ["spoilt.png"]),
+    "an image that cannot be read, training": (
+        ["train", "--model", "lenet", "--data", "./bad/broken", "--epochs", "1"],
+        ["spoilt.png"],
+    ),
+    "training without labels": (["train", "--model", "lenet", "--data", "./bad/unlabelled"], ["unlabelled", "label"]),
+    "budget 0": ([*TEACHER, "--budget", "macs=0"], ["macs=0", "0 < F <= 1"]),
+    "budget above 1": ([*TEACHER, "--budget", "macs=1.5"], ["macs=1.5", "0 < F <= 1"]),
+    "budget of no kind": ([*TEACHER, "--budget", "half"], ["'half'", "macs=F"]),
+    "half a kernel": ([*TEACHER, "--budget", "kernels=1.5"], ["kernels=1.5"]),
+    "unreachable budget": ([*TEACHER, "--budget", "macs=0.1"], ["macs=0.1", "cannot be reached", "at least"]),
+    "no normalisation": (
+        ["compress", "--model", "lenet", "--weights", "teacher/model.safetensors", "--data", "digits"],
+        ["--normalize"],
+    ),
+    "bad normalisation": ([*TEACHER, "--normalize", "colourful"], ["colourful"]),
+    "unknown network": (["compress", "--model", "resnet21", "--data", "digits"], ["resnet21", "resnet20"]),
+    "unknown data": ([*TEACHER[:3], "--data", "digitz"], ["digitz", "digits"]),
+    "data folder that does not exist": ([*TEACHER[:3], "--data", "./no/such"], ["no/such", "exist"]),
+    "unknown criterion": ([*TEACHER, "--criterion", "magic"], ["magic", "loss", "response", "weight"]),
+    "criterion without images": (["compress", "--model", "teacher"], ["'loss'", "--data"]),
+    "unknown pattern": ([*TEACHER, "--keep", "backbone.*"], ["backbone.*", "features.3"]),
+    "weights for a folder that has its own": ([*TEACHER, "--weights", "bad/nan.safetensors"], ["own weights"]),
+    "one calibration image": ([*TEACHER, "--calibration-images", "1"], ["images 1"]),
+    "device that is not there": ([*TEACHER, "--device", "tpu9"], ["tpu9"]),
+    "no threads": ([*TEACHER, "--threads", "0"], ["threads is 0"]),
+    "no epochs of training": (["train", "--model", "lenet", "--data", "digits", "--epochs", "0"], ["0 epochs"]),
+    "recipe with an unknown option": (["compress", "--recipe", "bad/recipe.yaml"], ["speed", "recipe.yaml"]),
+    "recipe that does not exist": (["compress", "--recipe", "bad/none.yaml"], ["none.yaml"]),
+    "wrong image size": ([*COMPRESS, "--weights", "teacher/model.safetensors", "--input-size", "0"], ["0"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(spoilt, name):
+    args, words = BAD[name]
+    before = snapshot(spoilt)
+    message = error_of(here(*args, "--out", "never " + name, cwd=spoilt))
+    for word in words:
+        assert word in message, message
+    assert snapshot(spoilt) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--model", "teacher", "--data", "./bad/unlabelled", "--split", "train"], ["label"]),
+        (["--model", "teacher", "--data", "digits", "--split", "holiday"], ["holiday"]),
+        (["--model", "bad/none.onnx", "--data", "digits"], ["none.onnx"]),
+        (["--model", "bad/garbage.onnx", "--data", "digits"], ["garbage.onnx"]),
+    ],
+)
+def test_evaluate_refuses(spoilt, args, words):
+    (spoilt / "bad/garbage.onnx").write_bytes(b"no graph")
+    message = error_of(here("evaluate", *args, cwd=spoilt))
+    for word in words:
+        assert word in message, message
+
+
+def test_a_refusal_in_a_shell(spoilt):
+    """The same in a process of its own, where libraries may print more."""
+    before = snapshot(spoilt)
+    answer = shell(*COMPRESS, "--weights", "bad/whole.pth", "--out", "refused", cwd=spoilt)
+    assert "whole.pth" in error_of(answer)
+    assert len(answer.err.strip().splitlines()) == 1
+    assert answer.out == ""
+    assert snapshot(spoilt) == before
+
+
+def test_the_unreachable_budget_says_what_is_reachable(spoilt):
+    message = error_of(here(*TEACHER, "--budget", "macs=0.05", "--out", "too-small", cwd=spoilt))
+    reachable = message.partition("gives ")[2].partition(";")[0]
+    assert reachable.startswith("macs=0.")
+    works(here, *TEACHER, "--criterion", "weight", "--budget", reachable, "--out", "least", cwd=spoilt)
+    metrics = figures(spoilt / "least")
+    assert metrics["student"]["macs"] <= float(reachable[5:]) * metrics["teacher"]["macs"]
+    counts = [sum(layer["counts"]) for layer in metrics["layers"] if layer["counts"]]
+    assert counts == [1, 1]
+
+
+def test_an_existing_folder_is_kept_without_overwrite(spoilt):
+    before = snapshot(spoilt)
+    for command in (TEACHER, ["train", "--model", "lenet", "--data", "digits", "--epochs", "1"]):
+        message = error_of(here(*command, "--out", "teacher", cwd=spoilt))
+        assert "teacher exists" in message
+        assert "--overwrite" in message
+    assert snapshot(spoilt) == before
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(spoilt):
+    before = snapshot(spoilt)
+    assert "bad/mine" in error_of(here(*TEACHER, "--out", "bad/mine", "--overwrite", cwd=spoilt))
+    assert "thesis.txt" in error_of(here(*TEACHER, "--out", "bad/mine/thesis.txt", "--overwrite", cwd=spoilt))
+    assert snapshot(spoilt) == before
+
+
+def test_a_refused_run_leaves_the_earlier_one(spoilt):
+    """Also where the refusal comes late, after the moments were gathered."""
+    before = snapshot(spoilt)
+    error_of(here(*TEACHER, "--budget", "macs=0.05", "--out", "teacher", "--overwrite", cwd=spoilt))
+    assert snapshot(spoilt) == before
+
+
+def test_out_below_a_file_is_refused(spoilt):
+    before = snapshot(spoilt)
+    command = [*TEACHER, "--criterion", "weight", "--out", Path("bad/mine/thesis.txt/out")]
+    assert "thesis.txt" in error_of(here(*command, cwd=spoilt))
+    assert snapshot(spoilt) == before

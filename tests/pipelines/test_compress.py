@@ -1,0 +1,497 @@
+"""The whole way in Python: what `compress` keeps, promises, refuses and writes, on networks of a few convolutions."""
+
+import copy
+import errno
+
+import pytest
+import torch
+from torch import nn
+
+import dk2pnet
+from dk2pnet import InputError, compress, load_student, save_student
+from dk2pnet.convert import find_convolutions
+from dk2pnet.layer import DKConv2d
+from dk2pnet.measure import divergence, macs, outputs_of, parameters, predict
+from dk2pnet.nets import lenet
+from dk2pnet.pipelines import compress as pipeline
+from dk2pnet.pipelines import folders
+
+
+def net(seed=0, norm=True, bias=False, classes=4):
+    """Three convolutions (the second one strided) over 3 x 8 x 8."""
+    torch.manual_seed(seed)
+
+    def layer(inputs, outputs, stride=1):
+        conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=bias or not norm)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU()] if norm else [conv, nn.ReLU()]
+
+    model = nn.Sequential(
+        *layer(3, 6), *layer(6, 8, 2), *layer(8, 10), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, classes)
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+def images(count=40, batch=10, labels=False, seed=1, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 3, size, size, generator=generator)
+    y = torch.randint(0, 4, (count,), generator=generator)
+    return [(a, b) if labels else a for a, b in zip(x.split(batch), y.split(batch), strict=True)]
+
+
+X = images()
+ONE = X[0][:1]
+
+
+def dk_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, DKConv2d)}
+
+
+@pytest.fixture
+def no_timing(monkeypatch):
+    from dk2pnet.deploy.latency import Latency
+
+    monkeypatch.setattr(
+        pipeline, "compare_latency", lambda paths, *_, **__: {name: Latency(1.0, 0.9, 1.1, 3) for name in paths}
+    )
+
+
+# -- what it leaves alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", ["loss", "response", "weight"])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_model_given_is_not_changed(criterion, epochs):
+    model = net()
+    model[1].train()  # a module in a mode of its own
+    model[3].weight.requires_grad_(False)
+    calls = []
+    handle = model[0].register_forward_hook(lambda *_: calls.append(1))
+    before = copy.deepcopy(model.state_dict())
+    modes = {name: module.training for name, module in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    hooks = {name: list(module._forward_hooks) for name, module in model.named_modules()}
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    result = compress(model, "macs=0.6", criterion, X, epochs=epochs)
+    assert dk_layers(result.model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert {name: list(module._forward_hooks) for name, module in model.named_modules()} == hooks
+    assert not any(module._forward_pre_hooks or module._backward_hooks for module in model.modules())
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert all(parameter.grad is None for parameter in model.parameters())
+    handle.remove()
+
+
+def test_the_student_is_in_evaluation_mode_and_has_no_hooks_of_ours():
+    student = compress(net(), "macs=0.6", "loss", X, epochs=1).model
+    assert not any(module.training for module in student.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+class Reread:
+    """Batches that can be read again and again, and say how often they were."""
+
+    def __init__(self, batches):
+        self.batches, self.reads = batches, 0
+
+    def __iter__(self):
+        self.reads += 1
+        return iter(self.batches)
+
+
+def test_batches_of_every_kind_give_the_same_student():
+    pairs = images(labels=True)
+    dataset = torch.utils.data.TensorDataset(torch.cat(X), torch.cat([y for _, y in pairs]))
+    again = Reread(X)
+    students = [
+        compress(net(), "macs=0.6", "loss", data).model.state_dict()
+        for data in (X, pairs, again, torch.utils.data.DataLoader(dataset, 10))
+    ]
+    assert again.reads > 2
+    for student in students[1:]:
+        assert student.keys() == students[0].keys()
+        assert all(torch.equal(student[name], value) for name, value in students[0].items())
+
+
+@pytest.mark.parametrize("data", [iter(X), (x for x in X), map(torch.relu, X)])
+def test_what_can_be_read_only_once_is_refused(data):
+    with pytest.raises(InputError, match=f"data is of type {type(data).__name__}.*only once"):
+        compress(net(), "macs=0.6", "loss", data)
+
+
+@pytest.mark.parametrize("data", [[], X[0], 3, [torch.zeros(2, 3)], ["picture.png"]])
+def test_other_data_is_refused(data):
+    with pytest.raises(InputError, match="expected"):
+        compress(net(), "macs=0.6", "loss", data)
+
+
+def test_labelled_batches_for_the_report():
+    test = images(30, labels=True, seed=5)
+    model = net()
+    result = compress(model, "macs=0.6", "loss", X, test_data=test)
+    x, y = (torch.cat(parts) for parts in zip(*test, strict=True))
+    with torch.no_grad():
+        wanted = [100 * float((network(x).argmax(1) == y).double().mean()) for network in (model, result.model)]
+    got = [result.metrics[side]["accuracy"] for side in ("teacher", "student")]
+    assert got == pytest.approx(wanted)
+    assert result.metrics["run"]["images"] == {"calibration": 32, "held out": 8, "test": 30}
+
+
+def test_weight_needs_an_example_only():
+    result = compress(net(), "macs=0.6", "weight", example_input=ONE)
+    assert dk_layers(result.model)
+    assert result.model(X[0]).isfinite().all()
+    assert result.metrics["student"]["agreement"] is None
+    assert result.metrics["decisions"] == []
+
+
+@pytest.mark.parametrize("example", [None, torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])
+def test_weight_without_a_good_example_is_refused(example):
+    with pytest.raises(InputError, match="example_input"):
+        compress(net(), "macs=0.6", "weight", example_input=example)
+
+
+@pytest.mark.parametrize("options", [{"criterion": "loss"}, {"criterion": "response"}, {"epochs": 1}])
+def test_without_images_the_other_criteria_are_refused(options):
+    with pytest.raises(InputError, match="needs images"):
+        compress(net(), "macs=0.6", **{"criterion": "weight", "example_input": ONE, **options})
+
+
+def test_images_of_the_wrong_size_or_colour_are_refused():
+    grey = [x[:, :1] for x in X]
+    with pytest.raises(InputError, match=r"\(1, 1, 8, 8\)"):
+        compress(net(), "macs=0.6", "loss", grey)
+
+
+def test_nan_images_are_refused():
+    spoilt = [x.clone() for x in X]
+    spoilt[1][3, 0, 2, 2] = float("nan")
+    with pytest.raises(InputError, match="not finite"):
+        compress(net(), "macs=0.6", "loss", spoilt)
+
+
+def test_nan_activations_are_refused():
+    class Log(nn.Module):
+        def forward(self, x):
+            return x.log()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Log(), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.LazyLinear(4))
+    model(ONE)
+    for criterion in ("loss", "response"):
+        with pytest.raises(InputError, match="not finite"):
+            compress(model, "macs=0.6", criterion, X)
+
+
+def test_nan_weights_are_refused():
+    model = net()
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="NaN or infinity in 3.weight"):
+        compress(model, "macs=0.6", "weight", example_input=ONE)
+
+
+# -- networks that are no classifiers ----------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """Feature maps in a container."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3), nn.Conv2d(6, 5, 3)
+        self.form = form
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        maps = self.b(x), self.c(x)
+        return {"map": maps[0], "dict": {"out": maps[0], "aux": maps[1]}, "tuple": maps}[self.form]
+
+
+@pytest.mark.parametrize("form", ["map", "dict", "tuple"])
+def test_networks_of_other_outputs(form):
+    model = Head(form).eval()
+    with pytest.raises(InputError, match=r"'loss' needs a classifier.*response"):
+        compress(model, "macs=0.7", "loss", X)
+    result = compress(model, "macs=0.7", "response", X)
+    assert "b" in dk_layers(result.model)
+    assert result.metrics["student"]["macs"] <= 0.7 * result.metrics["teacher"]["macs"]
+    with torch.no_grad():
+        wanted, got = outputs_of(model(X[0])), outputs_of(result.model(X[0]))
+    assert type(model(ONE)) is type(result.model(ONE))
+    error = sum((a - b).square().sum() for a, b in zip(wanted, got, strict=True))
+    assert error < 0.5 * sum(a.square().sum() for a in wanted)
+    assert result.metrics["decisions"][0]["measure"] == "relative squared error"
+
+
+# -- the budget --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("budget", ["macs=0.45", "macs=0.6", "macs=0.83", "params=0.4", "params=0.55", "params=0.9"])
+def test_the_budget_is_kept_and_spent(budget, norm):
+    model = net(norm=norm)
+    result = compress(model, budget, "response", X)
+    kind, value = budget.split("=")
+    in_macs = kind == "macs"
+    spent = macs(result.model, ONE) if in_macs else parameters(result.model)
+    whole = macs(model, ONE) if in_macs else parameters(model)
+    assert spent <= float(value) * whole
+    figure = "macs" if in_macs else "parameters"
+    assert result.metrics["student"][figure] == spent == getattr(result.plan, figure)
+    assert result.metrics["teacher"][figure] == whole
+    leftover = float(value) * whole - spent
+    modules = dict(model.named_modules())
+    further = []
+    for layer in result.plan.layers:
+        if layer.counts is None:
+            continue
+        weight = modules[layer.name].weight
+        kernel = (9 + weight.shape[0]) * (layer.macs_dense // weight.numel() if in_macs else 1)
+        cost = layer.macs if in_macs else layer.parameters
+        dense = layer.macs_dense if in_macs else layer.parameters_dense
+        assert cost == layer.kernels * kernel < dense
+        further.append(kernel if cost + kernel < dense else dense - cost)
+    assert further
+    assert leftover < min(further)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_same_number_of_kernels_everywhere(count):
+    result = compress(net(), f"kernels={count}", "loss", X)
+    counts = {layer.name: layer.counts for layer in result.plan.layers}
+    assert counts == {"0": None, "3": [count] * 6, "6": [count] * 8}
+    layers = dk_layers(result.model)
+    assert layers["3"].kernels.shape == (6 * count, 1, 3, 3)
+    assert layers["6"].combination.shape == (10, 8 * count, 1, 1)
+
+
+def test_more_energy_is_kept_with_a_larger_budget():
+    kept = [
+        {layer.name: layer.energy_kept for layer in compress(net(), budget, "weight", example_input=ONE).plan.layers}
+        for budget in ("kernels=1", "kernels=2")
+    ]
+    for name in ("3", "6"):
+        assert 0 < kept[0][name] < kept[1][name] < 1
+
+
+@pytest.mark.parametrize("criterion", ["loss", "response", "weight"])
+def test_the_whole_budget_leaves_every_layer_dense(criterion):
+    model = net()
+    result = compress(model, "macs=1", criterion, X)
+    assert not dk_layers(result.model)
+    assert all(layer.counts is None and layer.reason for layer in result.plan.layers)
+    with torch.no_grad():
+        assert all(torch.equal(model(x), result.model(x)) for x in X)
+    assert result.metrics["student"]["macs"] == result.metrics["teacher"]["macs"]
+    assert result.metrics["student"]["agreement"] == 100
+    assert result.metrics["decisions"] == []
+
+
+def test_an_unreachable_budget_says_what_is_reachable():
+    with pytest.raises(InputError, match=r"macs=0\.1 cannot be reached.*gives macs=0\.\d+") as caught:
+        compress(net(), "macs=0.1", "weight", example_input=ONE)
+    reachable = str(caught.value).partition("gives ")[2].partition(";")[0]
+    result = compress(net(), reachable, "weight", example_input=ONE)
+    assert [layer.kernels for layer in result.plan.layers] == [None, 1, 1]
+    below = float(reachable.partition("=")[2]) - 0.001
+    with pytest.raises(InputError, match="cannot be reached"):
+        compress(net(), f"macs={below}", "weight", example_input=ONE)
+
+
+def test_keep_and_first():
+    kept = compress(net(), "macs=0.8", "loss", X, keep=["6"])
+    assert set(dk_layers(kept.model)) == {"3"}
+    assert torch.equal(kept.model[6].weight, net()[6].weight)
+    assert next(layer.reason for layer in kept.plan.layers if layer.name == "6") == "kept by --keep 6"
+    first = compress(net(), "kernels=1", "loss", X, first=True)
+    assert set(dk_layers(first.model)) == {"0", "3", "6"}
+    with pytest.raises(InputError, match="neck"):
+        compress(net(), "macs=0.8", "loss", X, keep=["neck"])
+    with pytest.raises(InputError, match="no convolution that can be decomposed.*kept by --keep"):
+        compress(net(), "macs=0.8", "loss", X, keep=["*"])
+
+
+def test_a_larger_budget_brings_the_student_closer():
+    """Biased layers without batch norm, so that bias correction runs: also beside layers that stay dense."""
+    model, fresh = net(norm=False), [(x, None) for x in images(seed=9)]
+    wanted = predict(model, fresh)
+
+    students = [compress(model, budget, "loss", X).model for budget in ("macs=0.5", "macs=0.7", "macs=0.85", "macs=1")]
+    distances = [divergence(wanted, predict(student, fresh)) for student in students]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] == pytest.approx(0, abs=1e-12)
+    assert distances[2] < 0.5 * distances[0]
+
+
+def test_decisions_are_recorded():
+    for norm, what in ((True, "batch-norm re-estimation"), (False, "bias correction")):
+        result = compress(net(norm=norm), "macs=0.6", "loss", X)
+        decisions = result.metrics["decisions"]
+        assert [decision["what"] for decision in decisions] == ["layer-by-layer reconstruction", what]
+        for decision in decisions:
+            assert decision["kept"] == (decision["after"] < decision["before"])
+            assert decision["measure"] == "KL(teacher || student)"
+        reached = decisions[0]["after"] if decisions[0]["kept"] else decisions[0]["before"]
+        assert decisions[1]["before"] == pytest.approx(reached, rel=1e-9)
+
+
+def test_seed_and_images_decide_alone():
+    a, b = (compress(net(), "macs=0.6", "loss", X, epochs=1, seed=3).model.state_dict() for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -- modules and weights used more than once ---------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """One convolution run twice under two names, and a classifier whose weight is tied to another layer's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+        self.again = self.conv
+        self.lift = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 6)
+        self.head.weight = self.lift.weight
+
+    def forward(self, x):
+        x = self.conv(self.stem(x).relu()).relu()
+        x = self.again(x).relu().mean((2, 3))
+        return self.head(self.lift(x).relu())
+
+
+@pytest.mark.parametrize("criterion", ["loss", "response", "weight"])
+def test_a_shared_module_is_converted_once(criterion):
+    model = Shared().eval()
+    result = compress(model, "macs=0.7", criterion, X)
+    student = result.model
+    assert isinstance(student.conv, DKConv2d)
+    assert student.conv is student.again
+    assert student.head.weight is student.lift.weight
+    layer = next(layer for layer in result.plan.layers if layer.name == "conv")
+    assert layer.aliases == ["again"]
+    assert layer.macs_dense == 2 * 64 * 6 * 6 * 9
+    assert macs(student, ONE) == result.plan.macs <= 0.7 * macs(model, ONE)
+
+
+def test_tied_weights_survive_saving(tmp_path):
+    result = compress(Shared().eval(), "macs=0.7", "loss", X)
+    save_student(result.model, result.plan, tmp_path)
+    student, _ = load_student(tmp_path, factory=Shared)
+    assert student.conv is student.again
+    assert student.head.weight is student.lift.weight
+    assert not student.training
+    with torch.no_grad():
+        assert all(torch.equal(student(x), result.model(x)) for x in X)
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_given_as_an_object_is_loaded_with_its_factory(tmp_path, no_timing):
+    result = compress(net(), "macs=0.6", "loss", X, out=tmp_path / "out")
+    student, plan = load_student(tmp_path / "out", factory=lambda: net(seed=7))
+    assert plan == result.plan
+    with torch.no_grad():
+        assert all(torch.equal(student(x), result.model(x)) for x in X)
+    with pytest.raises(InputError, match="factory"):
+        load_student(tmp_path / "out")
+
+
+def test_a_named_network_is_loaded_by_name_and_compressed_again(tmp_path, no_timing):
+    torch.manual_seed(0)
+    torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
+    weights = str(tmp_path / "lenet.pth")
+    result = compress("lenet", "macs=0.7", "response", X, weights=weights, out=tmp_path / "out")
+    student, plan = load_student(tmp_path / "out")
+    with torch.no_grad():
+        assert all(torch.equal(student(x), result.model(x)) for x in X)
+    assert plan.network == {"name": "lenet", "num_classes": None, "in_channels": None}
+
+
+def test_what_is_written_is_what_was_measured(tmp_path, no_timing):
+    from dk2pnet.deploy.onnx import run_onnx, session
+
+    result = compress(net(), "macs=0.6", "loss", X, out=tmp_path / "out")
+    got = run_onnx(session(tmp_path / "out/model.onnx"), X[0])[0]
+    with torch.no_grad():
+        wanted = result.model(X[0])
+    torch.testing.assert_close(torch.as_tensor(got), wanted, rtol=1e-4, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("step", ["export_onnx", "save_student", "write_json", "write_page"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk_leaves_nothing(tmp_path, no_timing, monkeypatch, step, existing):
+    out = tmp_path / "out"
+    if existing:
+        compress(net(), "kernels=1", "weight", example_input=ONE, out=out)
+    before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline, step, full)
+    with pytest.raises(InputError, match="disk is full") as caught:
+        compress(net(), "macs=0.6", "weight", example_input=ONE, out=out, overwrite=True)
+    assert str(out) in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
+
+
+def test_a_rename_that_fails_keeps_the_earlier_run(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "plan.json").write_text("the earlier run")
+    real, calls = folders.os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(folders.os, "replace", replace)
+    with pytest.raises(InputError, match="disk is full"), folders.new_folder(out, True) as folder:
+        (folder / "plan.json").write_text("the new run")
+    assert (out / "plan.json").read_text() == "the earlier run"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget": "macs=nan"}, "macs=nan"),
+        ({"budget": "time=3"}, "time=3"),
+        ({"criterion": "magic"}, "magic.*weight, response, loss"),
+        ({"calibration_images": 1}, "images 1"),
+        ({"memory": 0}, "memory 0"),
+        ({"epochs": -1}, "epochs -1"),
+        ({"device": "abacus"}, "abacus"),
+        ({"threads": 0}, "threads is 0"),
+        ({"epochs": 1, "precision": "fp8"}, "fp8"),
+        ({"epochs": 1, "learning_rate": 0.0}, "learning rate 0"),
+        ({"model": nn.Linear(3, 2)}, "Linear|image of shape"),
+    ],
+)
+def test_options_are_checked(options, words):
+    with pytest.raises(InputError, match=words):
+        compress(**{"model": net(), "budget": "macs=0.6", "data": X, **options})
+
+
+def test_public_names_are_there():
+    assert all(hasattr(dk2pnet, name) for name in dk2pnet.__all__)
+    assert find_convolutions(net(), ONE)[0].reason == "first convolution"
