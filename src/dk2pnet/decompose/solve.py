@@ -119,7 +119,7 @@ def spectrum(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The blocks are tiny: on two threads a 256-channel layer took 2.5 times as long as on one, more on a busy machine."""
+    """The blocks are tiny: on two threads a layer of 256 channels took 2.5 times as long as on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
