@@ -23,7 +23,7 @@ from dk2pnet.pipelines.train import train_network
 from dk2pnet.report.tables import format_count, rich_table
 from dk2pnet.training.trainer import TrainingOptions
 
-BUDGET = "macs=0.15"
+BUDGET = "macs=0.07"
 RESULTS = Path(__file__).parent / "results"
 HEADER = ("network", "accuracy", "parameters", "MACs", "ONNX file", "latency")
 
@@ -53,7 +53,7 @@ def run(folder: Path, console: Console) -> list[dict]:
     teacher = folder / "teacher"
     console.print("training the teacher ...")
     train_network(
-        "vgg8", "digits", teacher, input_size=16, options=TrainingOptions(epochs=8, learning_rate=0.05, batch_size=64)
+        "vgg8", "digits", teacher, input_size=16, options=TrainingOptions(epochs=6, learning_rate=0.05, batch_size=64)
     )
     model, plan = dk2pnet.load_student(teacher)
     assert plan.input_shape is not None

@@ -60,7 +60,7 @@ def student_of(teacher, kernels=2):
         if not site.reason:
             count = [kernels] * site.module.in_channels
             factors[site.name] = solve(site.module.weight, count)
-            layers.append(LayerPlan(site.name, site.shape, counts=count, bias=site.module.bias is not None))
+            layers.append(LayerPlan(site.name, site.shape, counts=count))
     return convert(teacher, Plan(layers=layers), factors)
 
 

@@ -1,0 +1,139 @@
+"""Puts the tables of README.md and docs/*.md in place, made from the JSON in benchmarks/results.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``. With ``--check`` nothing is written, and
+the exit code is 1 where a table is not the one that its JSON makes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dk2pnet.report.tables import format_count, markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def demo() -> str:
+    data = read("demo")
+    dense = data["rows"][0]["latency_ms"]
+    rows = [
+        (
+            row["name"],
+            f"{row['accuracy']:.1f} %",
+            format_count(row["parameters"]),
+            format_count(row["macs"]),
+            f"{row['onnx_bytes'] / 1024:.0f} KiB",
+            f"{row['latency_ms']:.3f} ms",
+            f"{dense / row['latency_ms']:.1f}x",
+        )
+        for row in data["rows"]
+    ]
+    return markdown_table(("network", "accuracy", "parameters", "MACs", "ONNX file", "latency", "faster"), rows)
+
+
+def criteria(model: str) -> Callable[[], str]:
+    def table() -> str:
+        data = read(f"criteria-{model}")["rows"]
+        names = list(dict.fromkeys(row["criterion"] for row in data))
+        names.sort(key=["weight", "response", "loss"].index)
+        budgets = sorted({row["budget"] for row in data}, key=lambda b: (b[0] != "m", -float(b.split("=")[1])))
+        rows = []
+        for budget in budgets:
+            cells = [budget]
+            for name in names:
+                found = [row for row in data if (row["budget"], row["criterion"]) == (budget, name)]
+                cells.append(", ".join(f"{r['accuracy']:.2f} (x{r['macs_kept']:.3f})" for r in found) or "–")
+            rows.append(tuple(cells))
+        return markdown_table(("budget", *[f"{name}: % (MACs kept)" for name in names]), rows)
+
+    return table
+
+
+def corrections(model: str) -> Callable[[], str]:
+    def table() -> str:
+        rows = [
+            (
+                row["budget"],
+                row["step"],
+                f"{row['accuracy']:.2f}",
+                f"{row['kl']:.4f}",
+                f"{row['accuracy_bn']:.2f}",
+                f"{row['kl_bn']:.4f}",
+            )
+            for row in read(f"corrections-{model}")["rows"]
+        ]
+        header = ("budget", "step", "accuracy %", "held-out KL", "with batch norm re-estimated %", "KL")
+        return markdown_table(header, rows)
+
+    return table
+
+
+def export() -> str:
+    rows = [
+        (
+            row["model"],
+            str(row["decomposed"]) if row["decomposed"] else "0 (" + row.get("said", "").split(":")[0] + ")",
+            f"{row['difference_batch_1']:.1e}",
+            f"{row['difference_batch_7']:.1e}",
+            str(row["multiplier_convolutions"]),
+        )
+        for row in read("export")["rows"]
+    ]
+    header = ("network", "DK layers", "difference, batch 1", "batch 7", "multiplier convolutions")
+    return markdown_table(header, rows)
+
+
+def large_layers() -> str:
+    rows = [
+        (
+            row["model"],
+            f"{row['layers']}",
+            f"{row['images']}",
+            f"{row['forward_seconds']:.0f} s",
+            f"{row['seconds']['moments']:.0f} s ({row['statistics_over_forward']:.1f}x)",
+            f"{row['seconds']['solve']:.0f} s",
+            f"{row['seconds']['reconstruct']:.0f} s",
+            f"{row['peak_gib']:.1f} GiB",
+        )
+        for row in read("large_layers")["rows"]
+    ]
+    header = ("network", "DK layers", "images", "forward", "statistics", "solver", "reconstruction", "peak memory")
+    return markdown_table(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "criteria-resnet32": criteria("resnet32"),
+    "corrections-resnet32": corrections("resnet32"),
+    "export": export,
+    "large-layers": large_layers,
+}
+
+
+def main() -> int:
+    stale = 0
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        made = PLACE.sub(lambda match: f"{match[1]}{TABLES[match[2]]().rstrip()}\n{match[3]}", text)
+        if made != text:
+            stale += 1
+            print(
+                f"{path.relative_to(ROOT)}: tables {'differ from' if '--check' in sys.argv else 'made from'} the JSON"
+            )
+            if "--check" not in sys.argv:
+                path.write_text(made, encoding="utf-8")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Counts worked out by hand; accuracy, agreement and divergence from their definitions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dk2pnet.errors import InputError
+from dk2pnet.layer import DKConv2d
+from dk2pnet.measure import (
+    Predictions,
+    accuracy,
+    agreement,
+    divergence,
+    evaluation,
+    is_classifier,
+    macs,
+    outputs_of,
+    parameters,
+    predict,
+    use_form,
+)
+from dk2pnet.nets import lenet, resnet20
+
+
+def dk(counts, outputs=8, groups=1, bias=True, stride=1):
+    return DKConv2d(len(counts), outputs, 3, stride, 1, 1, groups, bias, counts=counts)
+
+
+# -- counts ------------------------------------------------------------------------------------------------------------
+
+# a network, the shape of its input, parameters, multiply-adds
+COUNTED = {
+    "convolution": (nn.Conv2d(3, 8, 3, padding=1), (3, 6, 6), 8 * 3 * 9 + 8, 36 * 8 * 3 * 9),
+    "strided": (nn.Conv2d(3, 8, 3, 2, 1, bias=False), (3, 7, 7), 216, 16 * 216),
+    "no padding": (nn.Conv2d(3, 8, (3, 5), bias=False), (3, 6, 8), 360, 4 * 4 * 360),
+    "grouped": (nn.Conv2d(4, 8, 3, padding=1, groups=2), (4, 5, 5), 8 * 2 * 9 + 8, 25 * 144),
+    "depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 5, 5), 40, 25 * 36),
+    "dilated": (nn.Conv2d(2, 4, 3, dilation=2, bias=False), (2, 8, 8), 72, 16 * 72),
+    "linear": (nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (3, 2, 2), 65, 60),
+    "norms and activations cost nothing": (
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        (3, 4, 4),
+        16 + 8,
+        16 * 12,
+    ),
+    "transposed": (nn.ConvTranspose2d(3, 4, 2, 2, bias=False), (3, 5, 5), 48, 25 * 48),
+    "DK": (dk([2, 0, 1]), (3, 6, 6), 3 * 9 + 8 * 3 + 8, 36 * (27 + 24)),
+    "DK strided": (dk([1, 1], bias=False, stride=2), (2, 8, 8), 2 * 9 + 8 * 2, 16 * (18 + 16)),
+    "DK grouped": (dk([1, 2, 2, 1], groups=2), (4, 5, 5), 6 * 9 + 8 * 3 + 8, 25 * (54 + 24)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_counts(name):
+    model, shape, weights, multiplied = COUNTED[name]
+    assert parameters(model) == weights
+    assert macs(model, torch.zeros(1, *shape)) == multiplied
+    assert macs(model, torch.zeros(5, *shape)) == multiplied, "of one image"
+
+
+@pytest.mark.parametrize("form", ["folded", "branches", "concat"])
+def test_dk_layers_are_counted_in_their_cheap_form(form):
+    layer = dk([2, 0, 1])
+    layer.form = form
+    assert macs(layer, torch.zeros(1, 3, 6, 6)) == 36 * (27 + 24)
+    assert layer.form == form
+
+
+def test_counts_of_known_networks():
+    assert parameters(resnet20()) == 269_722
+    assert macs(resnet20(), torch.zeros(1, 3, 32, 32)) == 40_551_040
+    # 16x1x5x5 at 8x8, 32x16x3x3 at 4x4, 64x32x3x3 at 2x2 and the classifier
+    assert macs(lenet(1), torch.zeros(1, 1, 8, 8)) == 64 * 400 + 16 * 4608 + 4 * 18432 + 640
+
+
+def test_shared_weights_are_counted_once_and_shared_work_twice():
+    conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    model = nn.Sequential(conv, nn.ReLU(), conv)
+    assert parameters(model) == 144
+    assert macs(model, torch.zeros(1, 4, 3, 3)) == 2 * 9 * 144
+
+
+def test_counting_leaves_the_network_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    macs(model, torch.randn(1, 3, 5, 5))
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert torch.equal(model[1].running_mean, before)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+# -- contexts ----------------------------------------------------------------------------------------------------------
+
+
+def test_forms_and_modes_are_put_back_after_an_error():
+    model = nn.Sequential(dk([1, 1]), dk([1] * 8)).train()
+    model[0].form, model[1].form = "concat", "branches"
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError), use_form(model, "folded"), evaluation(model):
+        assert [layer.form for layer in model] == ["folded", "folded"]
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        raise ZeroDivisionError
+    assert [layer.form for layer in model] == ["concat", "branches"]
+    assert [model.training, model[0].training, model[1].training] == [True, True, False]
+    assert torch.is_grad_enabled()
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+
+
+def of(rows, labels=None):
+    return Predictions([torch.tensor(rows)], None if labels is None else torch.tensor(labels))
+
+
+def test_predict_collects_outputs_and_labels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3)).train()
+    x, y = torch.randn(7, 1, 2, 2), torch.arange(7) % 3
+    done = []
+    result = predict(model, zip(x.split(3), y.split(3), strict=True), progress=done.append)
+    assert done == [3, 6, 7]
+    assert len(result) == 7
+    assert torch.equal(result.labels, y)
+    torch.testing.assert_close(result.outputs[0], F.linear(x.flatten(1), model[2].weight, model[2].bias).detach())
+    assert not result.outputs[0].requires_grad
+    assert model.training
+    assert predict(model, [(x, None)]).labels is None
+    with pytest.raises(InputError, match="no images"):
+        predict(model, [])
+
+
+def test_accuracy():
+    result = of([[1.0, 2.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 1.0], [5.0, 6.0, 7.0]], [1, 0, 2, 0])
+    assert accuracy(result) == 75.0
+    with pytest.raises(InputError, match="no labels"):
+        accuracy(of([[1.0, 2.0]]))
+    with pytest.raises(InputError, match="labels up to 3.*2 classes"):
+        accuracy(of([[1.0, 2.0], [2.0, 1.0]], [0, 3]))
+    with pytest.raises(InputError, match="classifier"):
+        accuracy(of([[1.0], [2.0]], [0, 0]))
+
+
+def test_agreement():
+    teacher = of([[1.0, 2.0], [3.0, 1.0], [0.0, 1.0]])
+    student = of([[0.0, 9.0], [1.0, 3.0], [0.0, 1.0]])
+    assert agreement(teacher, student) == pytest.approx(200 / 3)
+    assert agreement(teacher, teacher) == 100
+    maps = Predictions([torch.zeros(2, 3, 4, 4)], None)
+    assert agreement(maps, maps) is None
+
+
+def test_divergence_of_classifiers():
+    teacher, student = of([[0.0, math.log(3)], [0.0, 0.0]]), of([[0.0, 0.0], [0.0, math.log(3)]])
+    first = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    second = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert divergence(teacher, student) == pytest.approx((first + second) / 2, rel=1e-5)
+    assert divergence(teacher, teacher) == pytest.approx(0, abs=1e-12)
+    assert divergence(teacher, of([[math.nan, 0.0], [0.0, 0.0]])) == math.inf
+    assert divergence(teacher, of([[math.inf, 0.0], [0.0, 0.0]])) == math.inf
+
+
+def test_divergence_of_other_outputs():
+    teacher = Predictions([torch.full((2, 3, 2, 2), 2.0), torch.ones(2, 1)], None)
+    student = Predictions([torch.full((2, 3, 2, 2), 1.0), torch.zeros(2, 1)], None)
+    assert divergence(teacher, student) == pytest.approx((24 + 2) / (24 * 4 + 2))
+    broken = Predictions([torch.full((2, 3, 2, 2), math.inf), torch.zeros(2, 1)], None)
+    assert divergence(teacher, broken) == math.inf
+
+
+def test_outputs_of_containers():
+    a, b, c = torch.zeros(1), torch.ones(2), torch.ones(3)
+    found = outputs_of({"x": a, "y": (b, None, [c])})
+    assert [id(tensor) for tensor in found] == [id(a), id(b), id(c)]
+    for wrong in ("text", 3, None, [a, "text"]):
+        with pytest.raises(InputError, match="expected a tensor"):
+            outputs_of(wrong)
+
+
+def test_what_a_classifier_is():
+    assert is_classifier([torch.zeros(5, 2)])
+    for other in ([torch.zeros(5, 1)], [torch.zeros(5, 2, 1, 1)], [torch.zeros(5, 2)] * 2, []):
+        assert not is_classifier(other)
