@@ -100,11 +100,16 @@ def test_forms_and_modes_are_put_back_after_an_error():
     model = nn.Sequential(dk([1, 1]), dk([1] * 8)).train()
     model[0].form, model[1].form = "concat", "branches"
     model[1].eval()
-    with pytest.raises(ZeroDivisionError), use_form(model, "folded"), evaluation(model):
-        assert [layer.form for layer in model] == ["folded", "folded"]
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-        raise ZeroDivisionError
+
+    def fail():
+        with use_form(model, "folded"), evaluation(model):
+            assert [layer.form for layer in model] == ["folded", "folded"]
+            assert not any(module.training for module in model.modules())
+            assert not torch.is_grad_enabled()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [layer.form for layer in model] == ["concat", "branches"]
     assert [model.training, model[0].training, model[1].training] == [True, True, False]
     assert torch.is_grad_enabled()

@@ -116,6 +116,12 @@ def test_a_plan_without_a_hash_is_refused(saved):
         load_student(folder)
 
 
+def test_whoever_may_read_the_plan_may_read_the_weights(saved):
+    folder, _, _ = saved
+    plan, weights = ((folder / name).stat().st_mode & 0o777 for name in ("plan.json", "model.safetensors"))
+    assert oct(weights) == oct(plan)
+
+
 @pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
 def test_missing_files_are_refused(saved, name):
     folder, _, _ = saved

@@ -276,6 +276,18 @@ def test_the_same_number_of_kernels_everywhere(count):
     assert layers["6"].combination.shape == (10, 8 * count, 1, 1)
 
 
+@pytest.mark.parametrize("budget", ["kernels=1", "macs=0.5", "macs=0.7"])
+def test_grouped_convolutions_are_counted_as_planned(budget):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1, groups=4), nn.ReLU(), nn.Conv2d(16, 8, 3)
+    ).eval()
+    result = compress(model, budget, "response", X, first=True)
+    assert "2" in dk_layers(result.model)
+    assert macs(result.model, ONE) == result.plan.macs < macs(model, ONE)
+    assert parameters(result.model) == result.plan.parameters
+
+
 def test_more_energy_is_kept_with_a_larger_budget():
     kept = [
         {layer.name: layer.energy_kept for layer in compress(net(), budget, "weight", example_input=ONE).plan.layers}
