@@ -259,6 +259,7 @@ def evaluate(
 def main() -> None:
     """Entry point: input errors are one sentence and exit code 2."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own sentence says what is wrong
     warnings.filterwarnings("ignore")
     try:
         app()
@@ -287,15 +288,16 @@ def _is_plain(value: Any) -> bool:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """Bars with the time left; one per step, finished ones stay."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
             step = what.split(",")[0] if what.startswith("training") else what
             if step not in tasks or (tasks[step][1] > done and done > 0):
-                tasks[step] = [bars.add_task(what, total=total or None), done]
-            bars.update(tasks[step][0], completed=done, total=total or None, description=what)
+                tasks[step] = [bars.add_task(what, total=total or None, count=""), done]
+            count = f"{done}/{total}" if total else ""
+            bars.update(tasks[step][0], completed=done, total=total or None, description=what, count=count)
             tasks[step][1] = done
 
         yield show

@@ -22,18 +22,24 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def reestimate_batch_norm(model: nn.Module, batches: _Batches, device: torch.device | str = "cpu") -> None:
-    """Replace all running means and variances of `model` by those over `batches` (their plain average)."""
+    """Replace all running means and variances of `model` by those over `batches` (their plain average).
+
+    A batch of one image has no variance where maps are 1x1 and is left out; without any other nothing is changed.
+    """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
     with evaluation(model):
         try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # cumulative average
-                norm.train()
+            fresh = True
             for x, _ in batches:
-                if len(x) > 1:
-                    model(x.to(device))
+                if len(x) < 2:
+                    continue
+                for norm in norms if fresh else []:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # cumulative average
+                    norm.train()
+                fresh = False
+                model(x.to(device))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -49,7 +55,8 @@ def correct_biases(
     `names` (the order of execution), because each correction moves the inputs of the next.
     """
     student_modules, teacher_modules = dict(student.named_modules()), dict(teacher.named_modules())
-    wanted = [name for name in names if getattr(student_modules.get(name), "bias", None) is not None]
+    layers = {name: student_modules.get(name) for name in names}
+    wanted = [name for name, layer in layers.items() if isinstance(layer, DKConv2d) and layer.bias is not None]
     target = _mean_responses(teacher, {name: teacher_modules[name] for name in wanted}, batches, device)
     for name in wanted:
         layer = student_modules[name]

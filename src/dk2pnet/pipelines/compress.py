@@ -248,8 +248,8 @@ def compress(
 
     stages: list[dict[str, Any]] = []
     figures = _Figures(teacher, teacher_held, images, chosen, progress)
-    stages.append({"name": "teacher", **figures.of(teacher)})
-    stages.append({"name": "closed form", **figures.of(student)})
+    stages.append(figures.of(teacher, "teacher"))
+    stages.append(figures.of(student, "closed form"))
     if epochs:
         assert images is not None
         options = TrainingOptions(
@@ -257,7 +257,7 @@ def compress(
         )
         with clock("train"):
             _train(student, teacher, images, named, network, options, example, chosen, progress)
-        stages.append({"name": "trained", **figures.of(student)})
+        stages.append(figures.of(student, "trained"))
 
     student.eval()
     metrics: dict[str, Any] = {
@@ -567,9 +567,9 @@ class _Figures:
         self.teacher, self.teacher_held, self.images = teacher, teacher_held, images
         self.device, self.progress = device, progress
 
-    def of(self, model: nn.Module) -> dict[str, float | None]:
-        """Figures of one network; None where they cannot be had."""
-        figures: dict[str, float | None] = {"accuracy": None, "agreement": None}
+    def of(self, model: nn.Module, name: str) -> dict[str, Any]:
+        """A stage: the network's name and figures; None where they cannot be had."""
+        figures: dict[str, Any] = {"name": name, "accuracy": None, "agreement": None}
         if self.images is None:
             return figures
         if self.teacher_held is not None and model is not self.teacher:
@@ -582,7 +582,7 @@ class _Figures:
         if self.images.test is not None:
             total = self.images.counts.get("test", 0)
             predictions = predict(
-                model, self.images.test, self.device, lambda done: self.progress("evaluating", done, total)
+                model, self.images.test, self.device, lambda done: self.progress(f"evaluating: {name}", done, total)
             )
             self.images.counts["test"] = len(predictions)
             if predictions.labels is not None and is_classifier(predictions.outputs):
@@ -700,9 +700,9 @@ def _plain(value: Any) -> Any:
     """An option as YAML can hold it; Python objects cannot be repeated from a recipe and become None."""
     if isinstance(value, Path | Budget | Normalization):
         return str(value)
-    if isinstance(value, tuple):
-        return list(value)
-    return value if value is None or isinstance(value, str | int | float | bool | list) else None
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value] if all(isinstance(item, str) for item in value) else None
+    return value if isinstance(value, str | int | float | bool) else None
 
 
 def _reasons(sites: Sequence[Convolution]) -> str:

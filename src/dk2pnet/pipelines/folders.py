@@ -44,8 +44,13 @@ def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
             os.replace(out, old / "out")
-            os.replace(temporary, out)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.replace(temporary, out)
+            except BaseException:
+                os.replace(old / "out", out)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, out)
     except BaseException as error:

@@ -46,11 +46,17 @@ class TrainingOptions:
                 "expected 1 or more of each"
             )
         if not (
-            self.learning_rate > 0 and self.tau > 0 and self.kp_tau > 0 and 0 <= self.alpha <= 1 and self.beta >= 0
+            0 < self.learning_rate < math.inf
+            and self.weight_decay >= 0
+            and self.tau > 0
+            and self.kp_tau > 0
+            and 0 <= self.alpha <= 1
+            and self.beta >= 0
         ):
             raise InputError(
-                f"learning rate {self.learning_rate}, alpha {self.alpha}, tau {self.tau}, beta {self.beta}, KP tau "
-                f"{self.kp_tau}; expected rates and temperatures above 0, alpha between 0 and 1, beta 0 or more"
+                f"learning rate {self.learning_rate}, weight decay {self.weight_decay}, alpha {self.alpha}, "
+                f"tau {self.tau}, beta {self.beta}, KP tau {self.kp_tau}; expected rates and temperatures above 0, "
+                "alpha between 0 and 1, weight decay and beta 0 or more"
             )
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"precision is {self.precision!r}; expected fp32 or bf16")
@@ -81,9 +87,9 @@ def train(
     from accelerate.utils import set_seed
 
     set_seed(options.seed)
-    accelerator = Accelerator(
-        cpu=torch.device(device).type == "cpu", mixed_precision="bf16" if options.precision == "bf16" else "no"
-    )
+    # Precision by autocast rather than by the accelerator, which fixes it once for the whole process.
+    accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
+    half = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.precision == "bf16")
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.SGD(
@@ -117,7 +123,7 @@ def train(
                         "the images have no labels, which training without a teacher needs; give labelled images"
                     )
                 x, y = x.to(accelerator.device), None if y is None else y.to(accelerator.device)
-                with accelerator.autocast():
+                with half:
                     outputs = outputs_of(prepared(x))
                     terms = {}
                     if y is not None:
