@@ -276,14 +276,14 @@ def test_the_same_number_of_kernels_everywhere(count):
     assert layers["6"].combination.shape == (10, 8 * count, 1, 1)
 
 
-@pytest.mark.parametrize("budget", ["kernels=1", "macs=0.5", "macs=0.7"])
+@pytest.mark.parametrize("budget", ["kernels=1", "macs=0.84", "macs=0.88", "macs=0.92"])
 def test_grouped_convolutions_are_counted_as_planned(budget):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1, groups=4), nn.ReLU(), nn.Conv2d(16, 8, 3)
     ).eval()
-    result = compress(model, budget, "response", X, first=True)
-    assert "2" in dk_layers(result.model)
+    result = compress(model, budget, "response", X, keep=["0", "4"])
+    assert set(dk_layers(result.model)) == {"2"}
     assert macs(result.model, ONE) == result.plan.macs < macs(model, ONE)
     assert parameters(result.model) == result.plan.parameters
 
