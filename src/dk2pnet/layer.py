@@ -310,8 +310,8 @@ class DKConv2d(nn.Module):
         if combination.shape[1] > 1 or self.groups in (1, self.out_channels):
             return F.conv2d(extracted, combination, bias, groups=self.groups)
         # One kernel per group would make the 1x1 a depthwise convolution with a multiplier, slow everywhere.
-        y = extracted.repeat_interleave(self.out_channels // self.groups, 1) * combination.view(1, -1, 1, 1)
-        return y if bias is None else y + bias.view(1, -1, 1, 1)
+        repeated = extracted.repeat_interleave(self.out_channels // self.groups, 1)
+        return F.conv2d(repeated, combination, bias, groups=self.out_channels)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

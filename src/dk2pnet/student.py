@@ -25,6 +25,7 @@ def save_student(model: nn.Module, plan: Plan, folder: Path) -> None:
     save_model(model, str(folder / WEIGHTS))
     plan.weights_hash = _hash(folder / WEIGHTS)
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+    (folder / WEIGHTS).chmod((folder / PLAN).stat().st_mode)  # safetensors makes files that only their owner can read
 
 
 def is_saved(folder: str | Path) -> bool:

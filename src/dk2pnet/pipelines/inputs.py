@@ -91,9 +91,9 @@ def load_data(
     if isinstance(model, str) and is_saved(model):
         shape = Plan.load(Path(model) / "plan.json").input_shape
         if shape:
-            channels, size = shape[0], input_size or shape[1]
+            channels, size = shape[0], shape[1] if input_size is None else input_size
     elif isinstance(model, str):
-        size = input_size or default_input_size(model)
+        size = default_input_size(model) if input_size is None else input_size
         channels = 3 if model.startswith("torchvision/") else None
     if not has_split(name, split, data_dir):
         return None

@@ -137,7 +137,7 @@ def train(
                             terms["kp"] = torch.stack(pairs).sum()
                 loss = _weighted(terms, options)
                 if not bool(torch.isfinite(loss)):
-                    parts = ", ".join(f"{name} {float(value):g}" for name, value in terms.items())
+                    parts = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
                     raise InputError(
                         f"the loss is not finite at step {step + 1} of {total} ({parts}); "
                         "lower the learning rate with --lr"
