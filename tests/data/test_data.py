@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from dk2pnet import data as module
 from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_split, has_split, load, split_training
+from dk2pnet.data import images as module
 from dk2pnet.errors import InputError
 
 PLAIN = Normalization((0.0,), (1.0,))

@@ -1,0 +1,415 @@
+"""Images in memory or decoded lazily, their normalisation, and the batches made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dk2pnet.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["AUGMENTATIONS", "Batches", "ImageData", "Normalization", "Rows", "first_line", "generator_for"]
+
+AUGMENTATIONS = ("none", "digits", "natural")
+
+_SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
+
+_CHUNK = 512  # rows read from a data set at once
+
+_PRESETS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+}
+
+
+# -- normalisation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel mean and standard deviation of pixels between 0 and 1.
+
+    Example: ``Normalization.parse("cifar10")``, or ``Normalization((0.5,), (0.25,))`` for grey images.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        numbers = (*self.mean, *self.std)
+        if (
+            not self.mean
+            or len(self.mean) != len(self.std)
+            or not all(map(math.isfinite, numbers))
+            or min(self.std) <= 0
+        ):
+            raise InputError(
+                f"normalisation has mean {self.mean} and standard deviation {self.std}; "
+                "expected one number per channel in each, the deviations above 0"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Normalization:
+        """Read a preset's name or ``MEAN,.../STD,...``, for example ``0.5,0.5,0.5/0.25,0.25,0.25``."""
+        if text in _PRESETS:
+            return cls(*_PRESETS[text])
+        try:
+            mean, std = ([float(number) for number in part.split(",")] for part in text.split("/"))
+        except ValueError:
+            raise InputError(
+                f"normalisation {text!r} is not known; expected one of {', '.join(_PRESETS)}, "
+                "or numbers as MEAN,.../STD,... such as 0.5,0.5,0.5/0.25,0.25,0.25"
+            ) from None
+        return cls(tuple(mean), tuple(std))
+
+    def __str__(self) -> str:
+        return "/".join(",".join(map(str, numbers)) for numbers in (self.mean, self.std))
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Plain data for JSON: ``{"mean": [...], "std": [...]}``."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Sequence[float]]) -> Normalization:
+        """Undo `to_dict`."""
+        try:
+            return cls(tuple(values["mean"]), tuple(values["std"]))
+        except (KeyError, TypeError):
+            raise InputError(
+                f"normalisation is {values!r}; expected the keys 'mean' and 'std', each with a number per channel"
+            ) from None
+
+    def check(self, channels: int) -> None:
+        """Raise `InputError` unless there is one mean for each of the images' channels."""
+        if len(self.mean) != channels:
+            raise InputError(
+                f"normalisation has {len(self.mean)} channel(s) and the images have {channels}; "
+                "give a normalisation with one mean and one deviation per channel, or convert the images"
+            )
+
+    def apply(self, images: Tensor) -> Tensor:
+        """``(images / 255 - mean) / std``: uint8 (N, C, H, W) -> float32 of the same shape."""
+        self.check(images.shape[1])
+        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    @classmethod
+    def measure(cls, images: Tensor | ImageData) -> Normalization:
+        """Measure mean and standard deviation of every channel over all pixels, rounded to 4 decimals."""
+        data = images if isinstance(images, ImageData) else ImageData("images", images)
+        plain = cls((0.0,) * data.channels, (1.0,) * data.channels)
+        total = torch.zeros(2, data.channels, dtype=torch.float64)
+        for x, _ in data.batches(_CHUNK, plain):
+            pixels = x.double().transpose(0, 1).flatten(1)
+            total += torch.stack((pixels.sum(1), pixels.square().sum(1)))
+        mean, square = total / (len(data) * data.size[0] * data.size[1])
+        std = (square - mean.square()).clamp_min(0).sqrt()
+        return cls(tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist()))
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Images of a Hugging Face data set, not decoded yet: ``rows`` (N,) of ``column``, to become C x H x W bytes."""
+
+    name: str
+    dataset: Any
+    column: str
+    rows: Tensor
+    channels: int
+    size: tuple[int, int]
+    resize: bool  # else an image of another size is an error
+    convert: bool  # else an image in colour among grey ones is an error
+
+    @classmethod
+    def probe(cls, name: str, dataset: Any, column: str, size: int | None, channels: int | None) -> Rows:
+        """Learn from the first image alone what was not asked for."""
+        rows = torch.arange(len(dataset))
+        images = cls(
+            name, dataset, column, rows, channels or 3, (size or 0,) * 2, size is not None, channels is not None
+        )
+        value = dataset[:1][column][0]
+        image = _decode(value, images.where(value, 0))
+        height, width = (size, size) if size else (image.height, image.width)
+        return replace(images, channels=channels or (1 if _is_grey(image) else 3), size=(height, width))
+
+    def where(self, value: Any, row: int) -> str:
+        """How to name an image to its owner: by its file, or by its row."""
+        if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+            return f"image {value['path']}"
+        return f"the image in row {row} of data set {self.name!r}"
+
+    def pictures(self, positions: Tensor) -> Iterator[Image]:
+        """Decode the images at these positions, one after the other, in grey or in colour, in their own size."""
+        for chunk in self.rows[positions].split(_CHUNK):
+            rows = chunk.tolist()
+            for row, value in zip(rows, self.dataset[rows][self.column] if rows else [], strict=True):
+                image = _decode(value, self.where(value, row))
+                if self.channels == 1 and not self.convert and not _is_grey(image):
+                    raise InputError(
+                        f"{self.where(value, row)} is in colour and the first one is grey; "
+                        "expected all alike: ask for channels=3 or channels=1"
+                    )
+                if not self.resize and (image.height, image.width) != self.size:
+                    raise InputError(
+                        f"{self.where(value, row)} is {image.height}x{image.width} and the first one "
+                        f"{self.size[0]}x{self.size[1]}; expected one size: give the side to use with --input-size"
+                    )
+                yield image.convert("L" if self.channels == 1 else "RGB")
+
+    def decode(self, positions: Tensor, augment: str = "none") -> Tensor:
+        """Decode the images at these positions to uint8 (B, C, H, W); ``augment`` draws from the global generator."""
+        out = torch.empty((len(positions), self.channels, *self.size), dtype=torch.uint8)
+        crop = _random_crop(self.size, augment) if augment != "none" else partial(_fit, size=self.size)
+        for number, image in enumerate(self.pictures(positions)):
+            pixels = torch.from_numpy(np.array(crop(image)))
+            out[number] = pixels if self.channels == 1 else pixels.permute(2, 0, 1)
+        return out
+
+    def __getitem__(self, batch: tuple[Tensor, str, int]) -> Tensor | InputError:
+        """For a worker of a `DataLoader`: one augmented batch. An error travels whole only if it is handed over."""
+        positions, augment, seed = batch
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                return self.decode(positions, augment)
+        except InputError as error:
+            return error
+
+
+class ImageData:
+    """Images, with labels or without.
+
+    Images of at most 64 pixels a side are decoded once, when first used, and kept in memory as bytes; larger ones are
+    decoded for every batch, by worker processes.
+
+    Parameters
+    ----------
+    name
+        What messages call the data set.
+    images
+        uint8 (N, C, H, W); `load` makes data sets whose images are not decoded yet.
+    labels
+        N class numbers, or None.
+    classes
+        Names of the classes, or None.
+
+    Attributes
+    ----------
+    labels : int64 (N,) or None
+    channels : int
+    size : (H, W)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: Tensor | Rows,
+        labels: Tensor | Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.dim() != 4):
+            raise InputError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}; expected torch.uint8 of shape (N, C, H, W)"
+            )
+        self.name = name
+        self.classes = None if classes is None else list(classes)
+        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+        self._rows = images if isinstance(images, Rows) else None
+        self._tensor = images if isinstance(images, Tensor) else None
+        self._length = len(images.rows) if isinstance(images, Rows) else len(images)
+        self.channels = images.channels if isinstance(images, Rows) else images.shape[1]
+        self.size: tuple[int, int] = images.size if isinstance(images, Rows) else tuple(images.shape[2:])  # type: ignore
+        if self.labels is not None and self.labels.shape != (self._length,):
+            raise InputError(
+                f"data set {name!r} has {self._length} images and {self.labels.numel()} labels; expected as many"
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether images are decoded once and kept."""
+        return self._rows is None or max(self.size) <= _SMALL
+
+    @property
+    def images(self) -> Tensor:
+        """All images, uint8 (N, C, H, W). Large ones are decoded anew at every call: ask a subset."""
+        if self._tensor is not None:
+            return self._tensor
+        assert self._rows is not None
+        images = self._rows.decode(torch.arange(len(self)))
+        if self.in_memory:
+            self._tensor = images
+        return images
+
+    def subset(self, indices: Tensor | Sequence[int]) -> ImageData:
+        """The images with these numbers, in this order; decodes nothing."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        images: Tensor | Rows
+        if self._tensor is not None:
+            images = self._tensor[index]
+        else:
+            assert self._rows is not None
+            images = replace(self._rows, rows=self._rows.rows[index])
+        return ImageData(self.name, images, None if self.labels is None else self.labels[index], self.classes)
+
+    def without_labels(self) -> ImageData:
+        """The same images, labels and classes forgotten."""
+        return ImageData(self.name, self._rows if self._tensor is None else self._tensor)  # type: ignore[arg-type]
+
+    def batches(
+        self,
+        batch_size: int,
+        normalization: Normalization,
+        *,
+        augment: str = "none",
+        shuffle: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        workers: int = 2,
+    ) -> Batches:
+        """Batches of at most ``batch_size`` images; see `Batches`.
+
+        ``augment`` is ``natural`` (shift and mirror), ``digits`` (shift) or ``none``. In memory a shift is by up to an
+        eighth of the side, filled with black; of larger images a random part is cut out and resized instead.
+        ``workers`` processes decode images that are not kept in memory.
+        """
+        return Batches(self, batch_size, normalization, augment, shuffle, seed, epoch, workers)
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Yields ``(x, y)``: x float32 (B, C, H, W) normalised, y int64 (B,) or None. Made by `ImageData.batches`.
+
+    Every pass gives the same batches. They depend on ``seed`` and ``epoch`` alone, neither on the global random state
+    (which is left as it is) nor on the number of workers.
+    """
+
+    data: ImageData
+    batch_size: int
+    normalization: Normalization
+    augment: str = "none"
+    shuffle: bool = False
+    seed: int = 0
+    epoch: int = 0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch size is {self.batch_size}; expected 1 or more")
+        if self.augment not in AUGMENTATIONS:
+            raise InputError(f"augmentation is {self.augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
+        self.normalization.check(self.data.channels)
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        count, labels = len(self.data), self.data.labels
+        generator = generator_for(self.seed, self.epoch)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        parts = order.split(self.batch_size) if count else ()
+        images = self._from_memory(parts, generator) if self.data.in_memory else self._from_workers(parts, generator)
+        for part, x in zip(parts, images, strict=True):
+            yield self.normalization.apply(x), None if labels is None else labels[part]
+
+    def _from_memory(self, parts: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+        images = self.data.images
+        for part in parts:
+            x = images[part]
+            yield x if self.augment == "none" else _shift(x, generator, flip=self.augment == "natural")
+
+    def _from_workers(self, parts: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+        seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
+        tasks = [(part, self.augment, seed) for part, seed in zip(parts, seeds, strict=True)]
+        loader = torch.utils.data.DataLoader(
+            self.data._rows,  # type: ignore[arg-type]
+            sampler=tasks,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=min(self.workers, len(parts)),
+            generator=generator,  # else the loader draws from the global one
+        )
+        for x in loader:
+            if isinstance(x, InputError):
+                raise x
+            yield x
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A generator that the numbers of ``key`` determine together."""
+    digest = hashlib.sha256(",".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """Move every image of ``x (B, C, H, W)`` by up to an eighth of its sides, filling with 0; mirror half of them."""
+    count, _, height, width = x.shape
+    down, right = height // 8, width // 8
+    padded = F.pad(x, (right, right, down, down))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (B, C, dy, dx, H, W)
+    dy = torch.randint(2 * down + 1, (count,), generator=generator)
+    dx = torch.randint(2 * right + 1, (count,), generator=generator)
+    x = windows[torch.arange(count), :, dy, dx]
+    if flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
+    return x
+
+
+def _random_crop(size: tuple[int, int], augment: str) -> Callable[[Image], Image]:
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(size, antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if augment == "natural" else crop
+
+
+def _fit(image: Image, size: tuple[int, int]) -> Image:
+    """Resize the shorter side and cut out the centre; large images lose a margin, as is usual (256 to 224)."""
+    if (image.height, image.width) == size:
+        return image
+    from torchvision.transforms.v2 import functional
+
+    side = size[0] if size[0] <= _SMALL else round(size[0] * 256 / 224)
+    return functional.center_crop(functional.resize(image, [side], antialias=True), list(size))
+
+
+def _is_grey(image: Image) -> bool:
+    return image.mode in ("1", "L", "LA")
+
+
+def _decode(value: Any, where: str) -> Image:
+    """Decode what a data set holds for an image: ``{"bytes": ..., "path": ...}``."""
+    from datasets import Image
+
+    try:
+        image = Image().decode_example(value)
+    except Exception as error:  # whatever a decoder raises, the file is what has to be put right
+        raise InputError(f"{where} cannot be read ({first_line(error)}); replace it or leave it out") from error
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise InputError(f"{where} has pixels of mode {image.mode}; expected 8 bits a channel: convert it")
+    return image
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
