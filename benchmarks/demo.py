@@ -56,7 +56,7 @@ def run(folder: Path, console: Console) -> list[dict]:
     teacher = folder / "teacher"
     console.print("training the teacher ...")
     train_network(
-        "vgg8", "digits", teacher, input_size=16, options=TrainingOptions(epochs=6, learning_rate=0.05, batch_size=64)
+        "vgg8", "digits", teacher, input_size=16, options=TrainingOptions(epochs=5, learning_rate=0.05, batch_size=64)
     )
     model, plan = dk2pnet.load_student(teacher)
     assert plan.input_shape is not None
@@ -72,9 +72,8 @@ def run(folder: Path, console: Console) -> list[dict]:
         name = criterion + (" + KP" if epochs else "")
         console.print(f"compressing: {name} ...")
         out = folder / name.replace(" ", "")
-        result = dk2pnet.compress(
-            str(teacher), BUDGET, criterion, "digits", epochs=epochs, batch_size=64, learning_rate=0.02, out=out
-        )
+        options = {"epochs": epochs, "batch_size": 64, "learning_rate": 0.02, "calibration_images": 500}
+        result = dk2pnet.compress(str(teacher), BUDGET, criterion, "digits", out=out, **options)
         student = result.metrics["student"]
         rows.append({"name": name, "parameters": student["parameters"], "macs": student["macs"], "folder": out})
     files = {row["name"]: row["folder"] / "model.onnx" for row in rows}

@@ -684,7 +684,7 @@ def _write(
         progress("measuring latency", 0, 0)
         with clock("latency"):
             paths = {"teacher": dense, "student": folder / "model.onnx"}
-            latencies = compare_latency(paths, example.numpy(), threads=threads)
+            latencies = compare_latency(paths, example.numpy(), threads=threads, seconds=1.0)
         for side, path in paths.items():
             metrics[side]["onnx_bytes"] = path.stat().st_size
             metrics[side]["latency_ms"] = latencies[side].median_ms
