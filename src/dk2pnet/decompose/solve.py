@@ -20,6 +20,9 @@ __all__ = ["Factors", "Problem", "solve", "solve_many", "spectrum"]
 
 # Layers whose stacked A stays below this many bytes are solved together: tiny problems are bound by call overhead.
 _STACK_BYTES = 64 * 2**20
+# A sweep over a layer of 512 channels takes most of a second, and the first sweeps bring nearly all: layers whose A is
+# larger than this stop after a few.
+_LARGE_BYTES, _LARGE_SWEEPS = 32 * 2**20, 8
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def solve(
     counts : (C_total,) kernels per input channel, at most ``min(N, q)`` are used
     A, B : moments as in the module's notation; None stands for the identity
     damping : added to A's diagonal, relative to the layer's mean diagonal
-    sweeps, tolerance : stop after this many sweeps, or when a sweep lowers the damped error by less than this fraction
+    sweeps, tolerance : stop after this many sweeps (8 for layers from 256 channels on), or when a sweep lowers the
+        damped error by less than this fraction
     """
     counts = torch.as_tensor(counts, dtype=torch.int64)
     return solve_many([Problem(weight, counts, A, B, groups)], damping, sweeps, tolerance)[0]
@@ -187,6 +191,8 @@ def _solve_stack(problems: Sequence[Problem], damping: float, sweeps: int, toler
         B = torch.cat([_root(problem.B) for problem in problems if problem.B is not None])
     descent = _Descent(W, A, target, B, counts)
     history = [descent.error]
+    if A is not None and A.numel() * 8 > _LARGE_BYTES:
+        sweeps = min(sweeps, _LARGE_SWEEPS)
     for _ in range(sweeps if A is not None else 0):
         descent.sweep()
         history.append(descent.error)

@@ -25,6 +25,7 @@ from dk2pnet.decompose.solve import Factors, Problem, solve_many, spectrum
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.deploy.onnx import check_onnx, export_onnx
 from dk2pnet.errors import InputError
+from dk2pnet.layer import set_form
 from dk2pnet.measure import (
     Predictions,
     accuracy,
@@ -103,6 +104,7 @@ def compress(
     first: bool = False,
     calibration_images: int = 2000,
     memory: float = 2.0,
+    rebuild: bool = True,
     epochs: int = 0,
     batch_size: int = 128,
     learning_rate: float = 0.02,
@@ -136,6 +138,7 @@ def compress(
     keep, first : convolutions that stay dense (names or patterns); whether the first one may be decomposed
     calibration_images : images of the training split, labels unused; a fifth of them only decides
     memory : GiB for the moments (and again for the activations of the reconstruction)
+    rebuild : whether to try the layer-by-layer reconstruction, which takes minutes for large images
     epochs, batch_size, learning_rate, precision : of the training after the decomposition, 0 epochs for none
     out : folder to write; None writes nothing and measures no latency
     command : the command line, for the report
@@ -223,7 +226,8 @@ def compress(
             factors = _solve(replaced, open_sites, store, criterion, progress)
         decisions: list[dict[str, Any]] = []
         student = convert(teacher, plan, factors)
-        if needs_images and replaced:
+        set_form(student, "folded")  # the fastest form in eager PyTorch; `branches` again at the end
+        if needs_images and replaced and rebuild:
             assert images is not None
             assert teacher_held is not None
             fisher = {name: store[name].B() for name in replaced}
@@ -260,6 +264,7 @@ def compress(
         stages.append(figures.of(student, "trained"))
 
     student.eval()
+    set_form(student, "branches")
     metrics: dict[str, Any] = {
         "teacher": stages[0] | {"parameters": teacher_parameters, "macs": teacher_macs},
         "student": stages[-1] | {"parameters": parameters(student), "macs": macs(student, example)},
@@ -518,7 +523,9 @@ def _reconstructed(
         device=device,
         progress=lambda done: progress("layer-by-layer reconstruction", done, len(counts)),
     )
-    return convert(teacher, plan, {**factors, **found})
+    student = convert(teacher, plan, {**factors, **found})
+    set_form(student, "folded")
+    return student
 
 
 @dataclass(frozen=True)
