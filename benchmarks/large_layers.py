@@ -47,16 +47,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--criterion", default="response")
     parser.add_argument("--budget", default="kernels=2")
+    parser.add_argument("--rebuild", action="store_true", help="also the layer-by-layer reconstruction (minutes)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.images, options.criterion, options.budget)))
+        print(json.dumps(measure(options.one, options.images, options.criterion, options.budget, options.rebuild)))
         return
     RESULTS.mkdir(exist_ok=True)
     rows = []
     for model in options.models:
         arguments = ["--one", model, "--images", str(options.images)]
         arguments += ["--criterion", options.criterion, "--budget", options.budget]
+        arguments += ["--rebuild"] if options.rebuild else []
         output = subprocess.run(
             [sys.executable, __file__, *arguments], check=True, capture_output=True, text=True
         ).stdout
@@ -66,7 +68,7 @@ def main() -> None:
         (RESULTS / "large_layers.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(name: str, images: int, criterion: str, budget: str) -> dict:
+def measure(name: str, images: int, criterion: str, budget: str, rebuild: bool) -> dict:
     """One network: seconds of every step, peak memory."""
     torch.manual_seed(0)
     model = make_network(name).eval()
@@ -75,7 +77,8 @@ def measure(name: str, images: int, criterion: str, budget: str) -> dict:
     part = [(x, None) for x in RandomImages(2 * BATCH, 224)]
     predict(model, part[:1])
     before = _forward(model, part)
-    result = dk2pnet.compress(model, budget, criterion, data, calibration_images=images * 5 // 4, progress=_show)
+    options = {"calibration_images": images * 5 // 4, "rebuild": rebuild}
+    result = dk2pnet.compress(model, budget, criterion, data, **options)
     forward = (before + _forward(model, part)) / 2 / (2 * BATCH) * images
     seconds = result.metrics["run"]["seconds"]
     return {
@@ -96,10 +99,6 @@ def _forward(model: torch.nn.Module, batches: list) -> float:
     start = time.perf_counter()
     predict(model, batches)
     return time.perf_counter() - start
-
-
-def _show(what: str, done: int, total: int) -> None:
-    print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

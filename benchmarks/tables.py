@@ -102,12 +102,11 @@ def large_layers() -> str:
             f"{row['forward_seconds']:.0f} s",
             f"{row['seconds']['moments']:.0f} s ({row['statistics_over_forward']:.1f}x)",
             f"{row['seconds']['solve']:.0f} s",
-            f"{row['seconds']['reconstruct']:.0f} s",
             f"{row['peak_gib']:.1f} GiB",
         )
         for row in read("large_layers")["rows"]
     ]
-    header = ("network", "DK layers", "images", "forward", "statistics", "solver", "reconstruction", "peak memory")
+    header = ("network", "DK layers", "images", "forward", "statistics", "solver", "peak memory")
     return markdown_table(header, rows)
 
 

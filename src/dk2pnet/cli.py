@@ -96,6 +96,9 @@ def compress(
         int, typer.Option(help="Training images, labels unused; a fifth only decides.")
     ] = 2000,
     memory: Annotated[float, typer.Option(help="GiB for statistics of the layers.")] = 2.0,
+    rebuild: Annotated[
+        bool, typer.Option(help="Try the layer-by-layer reconstruction (slow for large images).")
+    ] = True,
     epochs: Annotated[
         int, typer.Option(help="Epochs of training (KP, distillation, labels) after the decomposition.")
     ] = 0,
@@ -130,6 +133,7 @@ def compress(
             first=first,
             calibration_images=calibration_images,
             memory=memory,
+            rebuild=rebuild,
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
