@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dk2pnet.report.tables import format_count, markdown_table
+from demo import HEADER as demo_header
+from demo import table_rows as demo_rows
+from dk2pnet.report.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,21 +26,7 @@ def read(name: str) -> dict:
 
 
 def demo() -> str:
-    data = read("demo")
-    dense = data["rows"][0]["latency_ms"]
-    rows = [
-        (
-            row["name"],
-            f"{row['accuracy']:.1f} %",
-            format_count(row["parameters"]),
-            format_count(row["macs"]),
-            f"{row['onnx_bytes'] / 1024:.0f} KiB",
-            f"{row['latency_ms']:.3f} ms",
-            f"{dense / row['latency_ms']:.1f}x",
-        )
-        for row in data["rows"]
-    ]
-    return markdown_table(("network", "accuracy", "parameters", "MACs", "ONNX file", "latency", "faster"), rows)
+    return markdown_table(demo_header, demo_rows(read("demo")["rows"]))
 
 
 def criteria(model: str) -> Callable[[], str]:
