@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -17,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dk2pnet.errors import InputError
+from dk2pnet.processes import is_main
+from dk2pnet.training.losses import DEFAULT_METHOD
 
 __all__ = ["app", "main"]
 
@@ -27,6 +30,7 @@ app = typer.Typer(
     help="Make trained convolutional networks fast to run: dominant kernels, knowledge pre-regression, proof.",
 )
 console = Console()
+stderr = Console(stderr=True)
 
 
 def _read_recipe(context: typer.Context, value: Path | None) -> Path | None:
@@ -63,7 +67,22 @@ Normalize = Annotated[str | None, typer.Option(help="imagenet, cifar10, ... or M
 InputSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the data does not say it.")]
 BatchSize = Annotated[int, typer.Option(help="Images per training step.")]
-Precision = Annotated[str, typer.Option(help="fp32 or bf16, for training.")]
+Precision = Annotated[
+    str, typer.Option(help="fp32 or bf16, for training; auto: bf16 where the processor or GPU has units for it.")
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="What the teacher teaches with: kd (softened logits), and beside them kp-channel, kp-position, kp-unit or "
+        "kp-class (KP), euclidean or at (hints); or fitnets (two stages). labels: no teacher."
+    ),
+]
+Hint = Annotated[
+    list[str] | None,
+    typer.Option(help="TEACHER.LAYER=STUDENT.LAYER in place of the hint pairs that are found. Repeatable."),
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Train with torch.compile (needs a C++ compiler on a CPU).")]
+CheckpointEvery = Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of PyTorch and ONNX Runtime.")]
@@ -104,7 +123,11 @@ def compress(
     ] = 0,
     batch_size: BatchSize = 128,
     learning_rate: Annotated[float, typer.Option("--lr", help="Learning rate of the training.")] = 0.02,
-    precision: Precision = "fp32",
+    method: Method = DEFAULT_METHOD,
+    hint: Hint = None,
+    precision: Precision = "auto",
+    compile: Compile = False,
+    checkpoint_every: CheckpointEvery = 60.0,
     data_dir: DataDir = None,
     input_size: InputSize = None,
     classes: Classes = None,
@@ -137,7 +160,11 @@ def compress(
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
+            method=method,
+            hints=hint or [],
             precision=precision,
+            compile=compile,
+            checkpoint_every=checkpoint_every,
             seed=seed,
             device=device,
             threads=threads,
@@ -167,7 +194,19 @@ def train(
     batch_size: BatchSize = 128,
     learning_rate: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of weights (not of biases and norms).")] = 5e-4,
-    precision: Precision = "fp32",
+    teacher: Annotated[
+        str | None, typer.Option(help="Network that teaches, as --model: a name or an OUT folder.")
+    ] = None,
+    teacher_weights: Annotated[str | None, typer.Option(help="Weights of the teacher, as --weights.")] = None,
+    method: Method = DEFAULT_METHOD,
+    hint: Hint = None,
+    alpha: Annotated[float, typer.Option(help="Weight of the softened logits; the labels have the rest.")] = 0.9,
+    tau: Annotated[float, typer.Option(help="Temperature of the softened logits.")] = 4.0,
+    beta: Annotated[float | None, typer.Option(help="Weight of each hint; each method has its own.")] = None,
+    kp_tau: Annotated[float, typer.Option(help="Temperature of KP.")] = 1.0,
+    precision: Precision = "auto",
+    compile: Compile = False,
+    checkpoint_every: CheckpointEvery = 60.0,
     weights: Weights = None,
     normalize: Normalize = None,
     data_dir: DataDir = None,
@@ -179,7 +218,7 @@ def train(
     overwrite: Overwrite = False,
     recipe: Recipe = None,
 ) -> None:
-    """Train a network on labelled images."""
+    """Train a network on labelled images, or beside a teacher. Killed, the same command goes on where it was."""
     from dk2pnet.pipelines.train import train_network
     from dk2pnet.training.trainer import TrainingOptions
 
@@ -188,8 +227,16 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
+        method=method,
+        hints=tuple(hint or ()),
+        alpha=alpha,
+        tau=tau,
+        beta=beta,
+        kp_tau=kp_tau,
         precision=precision,
+        compile=compile,
         seed=seed,
+        checkpoint_every=checkpoint_every,
     )
     recipe_options = {
         key: value
@@ -201,6 +248,8 @@ def train(
             model,
             data,
             out,
+            teacher=teacher,
+            teacher_weights=teacher_weights,
             weights=weights,
             normalize=normalize,
             data_dir=data_dir,
@@ -214,6 +263,8 @@ def train(
             recipe=recipe_options,
             progress=progress,
         )
+    if not is_main():
+        return
     figures = metrics["network"]
     test = "no test split" if figures["accuracy"] is None else f"test accuracy {figures['accuracy']:.2f} %"
     console.print(f"{test}, validation accuracy {figures['validation_accuracy']:.2f} %", highlight=False)
@@ -265,14 +316,26 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own sentence says what is wrong
     warnings.filterwarnings("ignore")
+    messages = logging.getLogger("dk2pnet")
+    messages.addHandler(_Messages())
+    messages.setLevel(logging.INFO)
+    messages.propagate = False
     try:
         app()
     except InputError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        stderr.print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped; nothing was written.")
+        stderr.print("Stopped. OUT was not written; a training that had begun goes on when the command is repeated.")
         sys.exit(130)
+
+
+class _Messages(logging.Handler):
+    """Shows what the package says, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if is_main():
+            stderr.print(_escaped(record.getMessage()), highlight=False, soft_wrap=True)
 
 
 def _escaped(text: str) -> str:
@@ -293,7 +356,7 @@ def _is_plain(value: Any) -> bool:
 def _progress() -> Iterator[Any]:
     """Bars with the time left; one per step, finished ones stay."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, disable=not is_main()) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:

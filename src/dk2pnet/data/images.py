@@ -302,7 +302,7 @@ class Batches:
     """Yields ``(x, y)``: x float32 (B, C, H, W) normalised, y int64 (B,) or None. Made by `ImageData.batches`.
 
     Every pass gives the same batches. They depend on ``seed`` and ``epoch`` alone, neither on the global random state
-    (which is left as it is) nor on the number of workers.
+    (which is left as it is) nor on the number of workers. ``first``, ``rank`` and ``world``: see `part`.
     """
 
     data: ImageData
@@ -313,6 +313,9 @@ class Batches:
     seed: int = 0
     epoch: int = 0
     workers: int = 2
+    first: int = 0
+    rank: int = 0
+    world: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -322,32 +325,47 @@ class Batches:
         self.normalization.check(self.data.channels)
 
     def __len__(self) -> int:
-        return -(-len(self.data) // self.batch_size)
+        whole, rest = divmod(len(self.data), self.batch_size)
+        return max(0, whole + (rest >= self.world and rest > 0) - self.first)
+
+    def part(self, first: int, rank: int = 0, world: int = 1) -> Batches:
+        """The same batches from number `first` on; of each, every `world`-th image from number `rank` on.
+
+        Nothing is decoded or augmented for those left out. A batch of fewer than `world` images is left out whole.
+        """
+        return replace(self, first=first, rank=rank, world=world)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         count, labels = len(self.data), self.data.labels
         generator = generator_for(self.seed, self.epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         parts = order.split(self.batch_size) if count else ()
-        images = self._from_memory(parts, generator) if self.data.in_memory else self._from_workers(parts, generator)
-        for part, x in zip(parts, images, strict=True):
+        # A seed for each batch, so that any of them can be made without those before it.
+        seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
+        tasks = [
+            (part[self.rank :: self.world], self.augment, seed + self.rank)
+            for part, seed in list(zip(parts, seeds, strict=True))[self.first :]
+            if len(part) >= self.world
+        ]
+        images = self._from_memory(tasks) if self.data.in_memory else self._from_workers(tasks)
+        for (part, _, _), x in zip(tasks, images, strict=True):
             yield self.normalization.apply(x), None if labels is None else labels[part]
 
-    def _from_memory(self, parts: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    def _from_memory(self, tasks: Sequence[tuple[Tensor, str, int]]) -> Iterator[Tensor]:
         images = self.data.images
-        for part in parts:
+        for part, augment, seed in tasks:
             x = images[part]
-            yield x if self.augment == "none" else _shift(x, generator, flip=self.augment == "natural")
+            if augment != "none":
+                x = _shift(x, torch.Generator().manual_seed(seed), flip=augment == "natural")
+            yield x
 
-    def _from_workers(self, parts: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-        seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
-        tasks = [(part, self.augment, seed) for part, seed in zip(parts, seeds, strict=True)]
+    def _from_workers(self, tasks: Sequence[tuple[Tensor, str, int]]) -> Iterator[Tensor]:
         loader = torch.utils.data.DataLoader(
             self.data._rows,  # type: ignore[arg-type]
             sampler=tasks,  # type: ignore[arg-type]
             batch_size=None,
-            num_workers=min(self.workers, len(parts)),
-            generator=generator,  # else the loader draws from the global one
+            num_workers=min(self.workers, len(tasks)),
+            generator=generator_for(self.seed, self.epoch),  # else the loader draws from the global one
         )
         for x in loader:
             if isinstance(x, InputError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,12 @@ class Moments:
             self.output_sum + other.output_sum if both else None,  # type: ignore[operator]
             self.images + other.images,
         )
+
+    def merge(self, add: Callable[[list[Tensor]], None]) -> None:
+        """Add up with the same layer's moments elsewhere: `add` replaces each tensor by its sum over all places."""
+        counts = torch.tensor([self.positions, self.images], dtype=torch.int64)
+        add([part for part in (self.input_sum, self.mean_sum, self.output_sum, counts) if part is not None])
+        self.positions, self.images = counts.tolist()
 
     def A(self, centred: bool = False) -> Tensor:
         """``E[u u']`` over images and positions, (G, C q, C q); `centred`: the covariance, for a free bias."""

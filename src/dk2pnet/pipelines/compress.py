@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dk2pnet import __version__
+from dk2pnet import processes
 from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.calibration.reconstruct import reconstruct
 from dk2pnet.calibration.statistics import correct_biases, has_batch_norm, reestimate_batch_norm
@@ -23,7 +25,7 @@ from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_spli
 from dk2pnet.decompose.select import Candidate, cheapest, select, uniform
 from dk2pnet.decompose.solve import Factors, Problem, solve_many, spectrum
 from dk2pnet.deploy.latency import compare_latency
-from dk2pnet.deploy.onnx import check_onnx, export_onnx
+from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
 from dk2pnet.measure import (
@@ -37,11 +39,19 @@ from dk2pnet.measure import (
     parameters,
     predict,
 )
-from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
+from dk2pnet.pipelines.fit import fit
+from dk2pnet.pipelines.folders import (
+    check_out,
+    keep_logs,
+    new_folder,
+    unfinished_folder,
+    write_json,
+    write_onnx,
+    write_recipe,
+)
 from dk2pnet.pipelines.inputs import (
     Network,
     Progress,
-    augmentation_for,
     batch_size_for,
     environment,
     load_data,
@@ -51,8 +61,9 @@ from dk2pnet.pipelines.inputs import (
 )
 from dk2pnet.plan import Budget, LayerPlan, Plan
 from dk2pnet.report.page import write_page
-from dk2pnet.student import save_student
-from dk2pnet.training.trainer import TrainingOptions, train
+from dk2pnet.student import load_student, save_student
+from dk2pnet.training.losses import DEFAULT_METHOD
+from dk2pnet.training.trainer import TrainingOptions
 
 __all__ = ["CRITERIA", "Result", "compress"]
 
@@ -85,6 +96,7 @@ class _Images:
     counts: dict[str, int]
     test: _Batches | None = None
     train: ImageData | UserBatches | None = None
+    validation: ImageData | None = None
 
 
 def compress(
@@ -108,7 +120,11 @@ def compress(
     epochs: int = 0,
     batch_size: int = 128,
     learning_rate: float = 0.02,
-    precision: str = "fp32",
+    method: str = DEFAULT_METHOD,
+    hints: Sequence[str] = (),
+    precision: str = "auto",
+    compile: bool = False,
+    checkpoint_every: float = 60.0,
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
@@ -139,8 +155,10 @@ def compress(
     calibration_images : images of the training split, labels unused; a fifth of them only decides
     memory : GiB for the moments (and again for the activations of the reconstruction)
     rebuild : whether to try the layer-by-layer reconstruction, which takes minutes for large images
-    epochs, batch_size, learning_rate, precision : of the training after the decomposition, 0 epochs for none
-    out : folder to write; None writes nothing and measures no latency
+    epochs, batch_size, learning_rate, method, hints, precision, compile, checkpoint_every : of the training after the
+        decomposition, 0 epochs for none; as in `TrainingOptions`
+    out : folder to write; None writes nothing and measures no latency. While the training runs, checkpoints and logs
+        lie in ``OUT.unfinished``; the same call goes on from there
     command : the command line, for the report
 
     Raises
@@ -160,6 +178,19 @@ def compress(
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
     clock = _Clock()
+    options = None
+    if epochs:
+        options = TrainingOptions(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            method=method,
+            hints=tuple(hints),
+            precision=precision,
+            compile=compile,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+        )
 
     named = data if isinstance(data, str) else None
     training_split = load_data(named, "train", model, data_dir=data_dir, input_size=input_size) if named else None
@@ -175,18 +206,11 @@ def compress(
         images = _named_images(training_split, test, network, calibration_images)
     elif data is not None:
         images = _user_images(data, test_data, calibration_images)
-    needs_images, needs_gradients = CRITERIA[criterion]
-    if images is None and (needs_images or epochs):
-        what = f"criterion {criterion!r}" if needs_images else "training"
+    if images is None and (CRITERIA[criterion][0] or epochs):
+        what = f"criterion {criterion!r}" if CRITERIA[criterion][0] else "training"
         raise InputError(f"{what} needs images and none were given; give --data, or use --criterion weight --epochs 0")
     example = _example(example_input, images, network, input_size).to(chosen)
     _check_output(teacher, example, criterion)
-
-    sites = find_convolutions(teacher, example, keep, first)
-    open_sites = {site.name: site for site in sites if not site.reason}
-    if not open_sites:
-        raise InputError("the network has no convolution that can be decomposed: " + _reasons(sites))
-    teacher_macs, teacher_parameters = macs(teacher, example), parameters(teacher)
     teacher_held = None
     if images is not None:
         teacher_held = predict(teacher, images.held_out, chosen)
@@ -196,77 +220,59 @@ def compress(
                 "check the weights and the normalisation"
             )
 
-    with MomentStore() as store:
-        energies = {}
-        if needs_images:
-            assert images is not None
-            total_images = images.counts["calibration"]
-            groups = gather_moments(
-                teacher,
-                {name: site.module for name, site in open_sites.items()},  # type: ignore[misc]
-                images.gather,
-                gradients=needs_gradients,
-                memory=int(memory * 2**30),
-                seed=seed,
-                device=chosen,
-                progress=lambda what, done: progress(f"moments, {what}", done, total_images),
-            )
-            while (group := clock.time("moments", lambda: next(groups, None))) is not None:
-                store.add_group(group)
-                with clock("spectra"):
-                    energies |= {name: _energies(open_sites[name], store, criterion) for name in group}
-        else:
-            with clock("spectra"):
-                energies = {name: _energies(site, None, criterion) for name, site in open_sites.items()}
-        counts = _spend(wanted, open_sites, energies, teacher_macs, teacher_parameters)
-        replaced = {name: count for name, count in counts.items() if count is not None}
-        plan = _plan(sites, counts, energies, network, example, criterion, wanted, teacher_macs, teacher_parameters)
-        progress("solving", 0, len(replaced))
-        with clock("solve"):
-            factors = _solve(replaced, open_sites, store, criterion, progress)
-        decisions: list[dict[str, Any]] = []
-        student = convert(teacher, plan, factors)
-        set_form(student, "folded")  # the fastest form in eager PyTorch; `branches` again at the end
-        if needs_images and replaced and rebuild:
-            assert images is not None
-            assert teacher_held is not None
-            fisher = {name: store[name].B() for name in replaced}
-            with clock("reconstruct"):
-                better = _reconstructed(
-                    teacher, plan, factors, sites, replaced, fisher, images, int(memory * 2**30), seed, chosen, progress
-                )
-            student = _keep_better(
-                "layer-by-layer reconstruction", student, better, teacher_held, images, chosen, decisions
-            )
-    if images is not None and replaced:
-        assert teacher_held is not None
-        with clock("correct"):
-            corrected = copy_model(student)
-            if has_batch_norm(student):
-                what = "batch-norm re-estimation"
-                reestimate_batch_norm(corrected, images.gather, chosen)
-            else:
-                what = "bias correction"
-                correct_biases(corrected, teacher, [site.name for site in sites], images.gather, chosen)
-            student = _keep_better(what, student, corrected, teacher_held, images, chosen, decisions)
+    left_out = ("command", "progress", "overwrite", "out", "test_data", "example_input")
+    recipe = {key: _plain(value) for key, value in asked.items() if key not in left_out}
+    folder = None
+    if out is not None and options is not None:
+        kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"}
+        folder = unfinished_folder(out, overwrite, {"command": "compress", **kept})
 
-    stages: list[dict[str, Any]] = []
-    figures = _Figures(teacher, teacher_held, images, chosen, progress)
-    stages.append(figures.of(teacher, "teacher"))
-    stages.append(figures.of(student, "closed form"))
-    if epochs:
-        assert images is not None
-        options = TrainingOptions(
-            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, precision=precision, seed=seed
+    def solved() -> _Solved:
+        return _closed_form(
+            teacher,
+            teacher_held,
+            network,
+            images,
+            example,
+            wanted,
+            criterion,
+            keep,
+            first,
+            int(memory * 2**30),
+            rebuild,
+            seed,
+            clock,
+            progress,
         )
+
+    student, plan, decisions = solved() if folder is None else _solved_once(folder, teacher, clock, solved)
+    student = student.to(chosen)
+    set_form(student, "folded")  # the fastest form in eager PyTorch; `branches` again at the end
+    figures = _Figures(teacher, teacher_held, images, chosen, progress)
+    stages = [figures.of(teacher, "teacher"), figures.of(student, "closed form")]
+    if options is not None:
+        assert images is not None
+        assert images.train is not None
         with clock("train"):
-            _train(student, teacher, images, named, network, options, example, chosen, progress)
+            fit(
+                student,
+                images.train,
+                options,
+                example=example,
+                teacher=teacher,
+                name=named,
+                normalization=network.normalization,
+                validation=images.validation,
+                device=chosen,
+                folder=folder,
+                progress=progress,
+            )
         stages.append(figures.of(student, "trained"))
 
     student.eval()
     set_form(student, "branches")
     metrics: dict[str, Any] = {
-        "teacher": stages[0] | {"parameters": teacher_parameters, "macs": teacher_macs},
+        "teacher": stages[0] | {"parameters": plan.parameters_dense, "macs": plan.macs_dense},
         "student": stages[-1] | {"parameters": parameters(student), "macs": macs(student, example)},
         "stages": stages,
         "layers": [_layer_figures(layer) for layer in plan.layers],
@@ -284,11 +290,124 @@ def compress(
     for side in ("teacher", "student"):
         metrics[side] = {"onnx_bytes": None, "latency_ms": None} | metrics[side]
         del metrics[side]["name"]
-    if out is not None:
-        left_out = ("command", "progress", "overwrite", "out", "test_data", "example_input")
-        options_asked = {key: value for key, value in asked.items() if key not in left_out}
-        _write(Path(out), overwrite, teacher, student, plan, metrics, example, options_asked, threads, clock, progress)
+    if out is not None and processes.is_main():
+        _write(Path(out), overwrite, teacher, student, plan, metrics, example, recipe, folder, threads, clock, progress)
+    processes.wait()
     return Result(student, plan, metrics)
+
+
+class _Solved(NamedTuple):
+    """The student before any training, its plan, and which corrections were kept."""
+
+    student: nn.Module
+    plan: Plan
+    decisions: list[dict[str, Any]]
+
+
+def _closed_form(
+    teacher: nn.Module,
+    teacher_held: Predictions | None,
+    network: Network,
+    images: _Images | None,
+    example: Tensor,
+    budget: Budget,
+    criterion: str,
+    keep: Sequence[str],
+    first: bool,
+    memory: int,
+    rebuild: bool,
+    seed: int,
+    clock: _Clock,
+    progress: Progress,
+) -> _Solved:
+    """Calibrate, select, solve, replace and correct."""
+    device = example.device
+    sites = find_convolutions(teacher, example, keep, first)
+    open_sites = {site.name: site for site in sites if not site.reason}
+    if not open_sites:
+        raise InputError("the network has no convolution that can be decomposed: " + _reasons(sites))
+    teacher_macs, teacher_parameters = macs(teacher, example), parameters(teacher)
+    needs_images, needs_gradients = CRITERIA[criterion]
+    with MomentStore() as store:
+        energies = {}
+        if needs_images:
+            assert images is not None
+            total = images.counts["calibration"]
+            # Each process gathers from its part of the images.
+            start, stop = (total * each // processes.count() for each in (processes.rank(), processes.rank() + 1))
+            groups = gather_moments(
+                teacher,
+                {name: site.module for name, site in open_sites.items()},  # type: ignore[misc]
+                images.gather if stop - start == total else _Slice(images.gather, start, stop),
+                gradients=needs_gradients,
+                memory=memory,
+                seed=seed,
+                first_image=start,
+                device=device,
+                progress=lambda what, done: progress(f"moments, {what}", done, stop - start),
+            )
+            while (group := clock.time("moments", lambda: next(groups, None))) is not None:
+                for moments in group.values():
+                    moments.merge(processes.sum_over_all)
+                store.add_group(group)
+                with clock("spectra"):
+                    energies |= {name: _energies(open_sites[name], store, criterion) for name in group}
+        else:
+            with clock("spectra"):
+                energies = {name: _energies(site, None, criterion) for name, site in open_sites.items()}
+        counts = _spend(budget, open_sites, energies, teacher_macs, teacher_parameters)
+        replaced = {name: count for name, count in counts.items() if count is not None}
+        plan = _plan(sites, counts, energies, network, example, criterion, budget, teacher_macs, teacher_parameters)
+        progress("solving", 0, len(replaced))
+        with clock("solve"):
+            factors = _solve(replaced, open_sites, store, criterion, progress)
+        decisions: list[dict[str, Any]] = []
+        student = convert(teacher, plan, factors)
+        set_form(student, "folded")
+        if needs_images and replaced and rebuild:
+            assert images is not None
+            assert teacher_held is not None
+            fisher = {name: store[name].B() for name in replaced}
+            with clock("reconstruct"):
+                better = _reconstructed(
+                    teacher, plan, factors, sites, replaced, fisher, images, memory, seed, device, progress
+                )
+            student = _keep_better(
+                "layer-by-layer reconstruction", student, better, teacher_held, images, device, decisions
+            )
+    if images is not None and replaced:
+        assert teacher_held is not None
+        with clock("correct"):
+            corrected = copy_model(student)
+            if has_batch_norm(student):
+                what = "batch-norm re-estimation"
+                reestimate_batch_norm(corrected, images.gather, device)
+            else:
+                what = "bias correction"
+                correct_biases(corrected, teacher, [site.name for site in sites], images.gather, device)
+            student = _keep_better(what, student, corrected, teacher_held, images, device, decisions)
+    return _Solved(student, plan, decisions)
+
+
+def _solved_once(folder: Path, teacher: nn.Module, clock: _Clock, solve: Callable[[], _Solved]) -> _Solved:
+    """What `solve` gives, kept in `folder`, so that a run that was killed does not solve again.
+
+    With several processes all of them take the main one's.
+    """
+    kept, notes = folder / "closed-form", "closed-form.json"
+    if not (folder / notes).exists():
+        solved = solve()
+        if processes.is_main():
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.mkdir()
+            save_student(solved.student, solved.plan, kept)
+            write_json(folder / f"{notes}.part", {"decisions": solved.decisions, "seconds": clock.seconds})
+            os.replace(folder / f"{notes}.part", folder / notes)
+        processes.wait()
+    found = json.loads((folder / notes).read_text(encoding="utf-8"))
+    clock.seconds = found["seconds"]
+    student, plan = load_student(kept, factory=lambda: copy_model(teacher).cpu())
+    return _Solved(student, plan, found["decisions"])
 
 
 # -- the steps, in order --------------------------------------------------------------------------------------------
@@ -302,7 +421,7 @@ def _named_images(training: ImageData, test: ImageData | None, network: Network,
         )
     norm = network.normalization
     norm.check(training.channels)
-    kept, _ = split_training(training)
+    kept, validation = split_training(training)
     gather, held_out = calibration_split(kept, count)
     size = batch_size_for(training.size)
     counts = {"calibration": len(gather), "held out": len(held_out)}
@@ -310,7 +429,7 @@ def _named_images(training: ImageData, test: ImageData | None, network: Network,
     if test is not None and test.labels is not None:
         counts["test"] = len(test)
         test_batches = test.batches(size, norm)
-    return _Images(gather.batches(size, norm), held_out.batches(size, norm), counts, test_batches, kept)
+    return _Images(gather.batches(size, norm), held_out.batches(size, norm), counts, test_batches, kept, validation)
 
 
 def _user_images(data: Iterable[Any], test_data: Iterable[Any] | None, count: int) -> _Images:
@@ -509,7 +628,7 @@ def _reconstructed(
     batches: _Batches = images.gather
     activation = max(site.activation for site in sites)
     if 4 * 3 * activation * images_used > memory / 2 and images_used > _RECONSTRUCTION_IMAGES:
-        images_used, batches = _RECONSTRUCTION_IMAGES, _Head(images.gather, _RECONSTRUCTION_IMAGES)
+        images_used, batches = _RECONSTRUCTION_IMAGES, _Slice(images.gather, 0, _RECONSTRUCTION_IMAGES)
     found = reconstruct(
         teacher,
         dense,
@@ -529,18 +648,21 @@ def _reconstructed(
 
 
 @dataclass(frozen=True)
-class _Head:
-    """The first `count` images of batches."""
+class _Slice:
+    """Images `start` to `stop` of batches."""
 
     batches: _Batches
-    count: int
+    start: int
+    stop: int
 
     def __iter__(self) -> Any:
-        left = self.count
+        first = 0
         for x, y in self.batches:
-            yield x[:left], None if y is None else y[:left]
-            left -= len(x)
-            if left <= 0:
+            part = slice(max(self.start - first, 0), self.stop - first)
+            first += len(x)
+            if first > self.start:
+                yield x[part], None if y is None else y[part]
+            if first >= self.stop:
                 return
 
 
@@ -597,51 +719,6 @@ class _Figures:
         return figures
 
 
-def _train(
-    student: nn.Module,
-    teacher: nn.Module,
-    images: _Images,
-    name: str | None,
-    network: Network,
-    options: TrainingOptions,
-    example: Tensor,
-    device: torch.device,
-    progress: Progress,
-) -> None:
-    data = images.train
-    if isinstance(data, ImageData):
-        assert network.normalization is not None
-        normalization, augment = network.normalization, augmentation_for(name or "")
-
-        def epoch_of(epoch: int) -> _Batches:
-            return data.batches(
-                options.batch_size, normalization, augment=augment, shuffle=True, seed=options.seed, epoch=epoch
-            )
-
-        steps = -(-len(data) // options.batch_size)
-    else:
-        assert data is not None
-
-        def epoch_of(epoch: int) -> _Batches:
-            return data
-
-        steps = sum(1 for _ in data)
-
-    def show(step: int, total: int, terms: dict[str, float]) -> None:
-        progress(f"training, loss {terms['loss']:.3f}", step, total)
-
-    train(
-        student,
-        epoch_of,
-        options,
-        example=example,
-        steps_per_epoch=steps,
-        teacher=teacher,
-        device=device,
-        progress=show,
-    )
-
-
 def _layer_figures(layer: LayerPlan) -> dict[str, Any]:
     return {
         "name": layer.name,
@@ -665,7 +742,8 @@ def _write(
     plan: Plan,
     metrics: dict[str, Any],
     example: Tensor,
-    options: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    unfinished: Path | None,
     threads: int | None,
     clock: _Clock,
     progress: Progress,
@@ -674,18 +752,8 @@ def _write(
     example = example.cpu()
     with new_folder(out, overwrite) as folder:
         progress("exporting", 0, 0)
-        metadata = {
-            "dk2pnet": __version__,
-            "input_shape": json.dumps(plan.input_shape),
-            "normalization": json.dumps(plan.normalization),
-        }
         with clock("export"):
-            export_onnx(student, example, folder / "model.onnx", metadata=metadata)
-            probes = [
-                torch.randn(count, *example.shape[1:], generator=torch.Generator().manual_seed(count))
-                for count in (1, 7)
-            ]
-            metrics["student"]["onnx_difference"] = check_onnx(folder / "model.onnx", student, probes)
+            metrics["student"]["onnx_difference"] = write_onnx(student, plan, example, folder / "model.onnx")
             dense = folder / "teacher.onnx"
             export_onnx(teacher, example, dense)
         progress("measuring latency", 0, 0)
@@ -699,8 +767,12 @@ def _write(
         dense.unlink()
         save_student(student, plan, folder)
         write_json(folder / "metrics.json", metrics)
-        write_recipe(folder / "recipe.yaml", "compress", {key: _plain(value) for key, value in options.items()})
+        write_recipe(folder / "recipe.yaml", "compress", recipe)
         write_page(metrics, folder / "report.html")
+        if unfinished is not None:
+            keep_logs(unfinished, folder)
+    if unfinished is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _plain(value: Any) -> Any:

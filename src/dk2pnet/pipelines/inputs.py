@@ -16,6 +16,7 @@ from dk2pnet.data import ImageData, Normalization, UserBatches, has_split, load
 from dk2pnet.errors import InputError
 from dk2pnet.models import check_finite, default_input_size, default_normalization, load_weights, make_network
 from dk2pnet.plan import Plan
+from dk2pnet.processes import join
 from dk2pnet.student import is_saved, load_student
 
 __all__ = [
@@ -111,11 +112,13 @@ def augmentation_for(name: str) -> str:
 
 
 def pick_device(device: str, threads: int | None = None) -> torch.device:
-    """``auto`` takes a GPU where there is one; `threads` sets PyTorch's CPU threads."""
+    """``auto`` takes a GPU where there is one (each of several processes its own); `threads` sets PyTorch's threads."""
     if threads is not None:
         if threads < 1:
             raise InputError(f"threads is {threads}; expected 1 or more")
         torch.set_num_threads(threads)
+    if (own := join(device)) is not None:
+        return own
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

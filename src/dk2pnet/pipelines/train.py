@@ -1,21 +1,32 @@
-"""Train a network by name from scratch, or go on from weights, and write an OUT folder."""
+"""Train a network by name, or a student beside its teacher, and write an OUT folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dk2pnet.data import Normalization, split_training
+from dk2pnet.data import ImageData, Normalization, split_training
 from dk2pnet.errors import InputError
-from dk2pnet.measure import accuracy, macs, parameters, predict
-from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
+from dk2pnet.layer import set_form
+from dk2pnet.measure import accuracy, is_classifier, macs, parameters, predict
+from dk2pnet.pipelines.fit import fit
+from dk2pnet.pipelines.folders import (
+    check_out,
+    keep_logs,
+    new_folder,
+    unfinished_folder,
+    write_json,
+    write_onnx,
+    write_recipe,
+)
 from dk2pnet.pipelines.inputs import (
     Progress,
-    augmentation_for,
     batch_size_for,
     environment,
     load_data,
@@ -24,10 +35,14 @@ from dk2pnet.pipelines.inputs import (
     silent,
 )
 from dk2pnet.plan import Plan
+from dk2pnet.processes import is_main, wait
 from dk2pnet.student import save_student
-from dk2pnet.training.trainer import TrainingOptions, train
+from dk2pnet.training.losses import method_named
+from dk2pnet.training.trainer import TrainingOptions
 
 __all__ = ["train_network"]
+
+_log = logging.getLogger(__name__)
 
 
 def train_network(
@@ -35,6 +50,8 @@ def train_network(
     data: str,
     out: str | Path,
     *,
+    teacher: str | None = None,
+    teacher_weights: str | None = None,
     weights: str | None = None,
     normalize: str | None = None,
     data_dir: str | None = None,
@@ -50,56 +67,90 @@ def train_network(
 ) -> dict[str, Any]:
     """Train on nine tenths of the training split; returns the metrics, with validation and test accuracy.
 
-    Without `normalize` the images' own mean and standard deviation are measured and saved with the network.
+    `teacher` (a name with `teacher_weights`, or an OUT folder) teaches by the method of the options. Without
+    `normalize` the images are normalised as the saved network or the teacher expects, else their own mean and standard
+    deviation are measured and saved with the network. Checkpoints and logs lie in ``OUT.unfinished`` until the run is
+    done; the same call goes on from there.
     """
     options = options or TrainingOptions()
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
     training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
-    if training is None or training.labels is None:
+    if training is None or (training.labels is None and teacher is None):
         raise InputError(f"data set {data!r} has no labelled training split, which training reads; give one that has")
     kept, validation = split_training(training)
     torch.manual_seed(options.seed)
     network = open_network(model, weights=weights, normalize=normalize, data=training, classes=classes)
-    norm = network.normalization or Normalization.measure(kept)
+    taught_by = None
+    if teacher is not None:
+        if not method_named(options.method).teacher:
+            raise InputError(f"method {options.method!r} has no teacher; leave --teacher away, or use --method kd")
+        taught_by = open_network(teacher, weights=teacher_weights, normalize=normalize, data=training, classes=classes)
+        if taught_by.plan is None and teacher_weights is None:
+            raise InputError(f"teacher {teacher!r} has no weights; give its file (or 'pretrained') as teacher weights")
+    elif teacher_weights is not None:
+        raise InputError(f"teacher weights {teacher_weights} were given without a teacher; name the network too")
+    norm = network.normalization or (taught_by.normalization if taught_by else None) or Normalization.measure(kept)
     norm.check(training.channels)
     net = network.model.to(chosen)
     example = norm.apply(training.subset([0]).images).to(chosen)
-    augment = augmentation_for(data)
+    asked = {key: value for key, value in (recipe or {}).items() if key != "checkpoint_every"}
+    folder = unfinished_folder(out, overwrite, {"command": "train", **asked})
 
-    def epoch_of(epoch: int) -> Iterable[tuple[Tensor, Tensor | None]]:
-        return kept.batches(options.batch_size, norm, augment=augment, shuffle=True, seed=options.seed, epoch=epoch)
-
-    last = train(
+    last = fit(
         net,
-        epoch_of,
+        kept,
         options,
         example=example,
-        steps_per_epoch=-(-len(kept) // options.batch_size),
+        teacher=taught_by.model if taught_by else None,
+        name=data,
+        normalization=norm,
+        validation=validation,
         device=chosen,
-        progress=lambda step, total, terms: progress(f"training, loss {terms['loss']:.3f}", step, total),
+        folder=folder,
+        progress=progress,
     )
-    size = batch_size_for(training.size)
+    if not is_main():
+        wait()
+        return {}
+    set_form(net, "folded")
     test = load_data(data, "test", model, data_dir=data_dir, input_size=input_size)
     figures: dict[str, Any] = {
-        "validation_accuracy": accuracy(predict(net, validation.batches(size, norm), chosen)),
-        "accuracy": _test_accuracy(net, test, size, norm, chosen),
+        "validation_accuracy": _accuracy(net, validation, norm, chosen),
+        "accuracy": _accuracy(net, test, norm, chosen),
         "parameters": parameters(net),
         "macs": macs(net, example),
     }
     images = {"train": len(kept), "validation": len(validation), "test": len(test) if test is not None else 0}
     run = {"command": command, "seed": options.seed, "images": images, "last_epoch_loss": last, **environment(chosen)}
-    metrics = {"network": figures, "run": run}
-    with new_folder(out, overwrite) as folder:
+    metrics: dict[str, Any] = {"network": figures, "run": run}
+    if taught_by is not None:
+        metrics["teacher"] = {
+            "accuracy": _accuracy(taught_by.model, test, norm, chosen),
+            "parameters": parameters(taught_by.model),
+            "macs": macs(taught_by.model, example),
+        }
+    with new_folder(out, overwrite) as new:
         plan = network.plan or Plan()
         plan.network, plan.input_shape, plan.normalization = network.spec, list(example.shape[1:]), norm.to_dict()
-        save_student(net.cpu(), plan, folder)
-        write_json(folder / "metrics.json", metrics)
-        write_recipe(folder / "recipe.yaml", "train", recipe or {})
+        set_form(net, "branches")
+        net.cpu().eval()
+        try:
+            figures["onnx_difference"] = write_onnx(net, plan, example.cpu(), new / "model.onnx")
+        except InputError as error:  # hours of training are worth keeping without it
+            _log.warning("no model.onnx was written: %s", error)
+            (new / "model.onnx").unlink(missing_ok=True)
+        save_student(net, plan, new)
+        write_json(new / "metrics.json", metrics)
+        write_recipe(new / "recipe.yaml", "train", recipe or {})
+        keep_logs(folder, new)
+    shutil.rmtree(folder, ignore_errors=True)
+    wait()
     return metrics
 
 
-def _test_accuracy(net: nn.Module, test: Any, size: int, norm: Normalization, device: torch.device) -> float | None:
-    if test is None or test.labels is None:
+def _accuracy(net: nn.Module, images: ImageData | None, norm: Normalization, device: torch.device) -> float | None:
+    if images is None or images.labels is None:
         return None
-    return accuracy(predict(net, test.batches(size, norm), device))
+    predictions = predict(net, images.batches(batch_size_for(images.size), norm), device)
+    return accuracy(predictions) if is_classifier(predictions.outputs) else None

@@ -1,11 +1,30 @@
-"""The terms of the training loss."""
+"""The terms of the training loss, and the methods that are made of them.
+
+A new hint loss is one function ``(student, teacher, temperature) -> loss`` and one line in `METHODS`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["distillation", "kp_channel"]
+from dk2pnet.errors import InputError
+
+__all__ = [
+    "DEFAULT_METHOD",
+    "METHODS",
+    "Method",
+    "attention",
+    "distillation",
+    "euclidean",
+    "kp_channel",
+    "kp_position",
+    "kp_unit",
+    "method_named",
+]
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -18,19 +37,108 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
+# -- losses between two feature maps ------------------------------------------------------------------------------
+# Maps are (B, C, H, W); those of student and teacher are brought to the smaller size by average pooling.
+#
+# The source of knowledge pre-regression (KP) is Wang et al., ECCV 2016: cross-entropy in place of FitNets' Euclidean
+# hints. The axis is our choice: the abstract and introduction, all that is known to us of the paper, do not say it.
+
+
 def kp_channel(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Knowledge pre-regression over channels: feature maps ``(B, C, H, W)`` of equal C.
+    """KP over channels: each position of each image is a distribution over the C channels.
 
-    Each position of each image is a categorical distribution over the channels; the loss is the cross-entropy
-    ``-sum p_T log p_S``, averaged over images and positions and multiplied by ``tau^2``. Larger maps are brought to
-    the smaller size by average pooling.
-
-    Source: Wang et al., ECCV 2016 (cross-entropy in place of FitNets' Euclidean hints). The axis is our choice: the
-    abstract and introduction, all that is known to us of the paper, do not say it.
+    ``-tau^2 sum_c p_T log p_S`` with p the softmax at temperature tau, mean over images and positions. Equal C.
     """
-    size = min(student.shape[2:], teacher.shape[2:])
-    if student.shape[2:] != teacher.shape[2:]:
-        student, teacher = F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
-    log_student = F.log_softmax(student.float() / temperature, 1)
-    target = F.softmax(teacher.float() / temperature, 1)
-    return -(temperature**2) * (target * log_student).sum(1).mean()
+    student, teacher = _same_size(student, teacher)
+    log_student = F.log_softmax(student / temperature, 1)
+    return -(temperature**2) * (F.softmax(teacher / temperature, 1) * log_student).sum(1).mean()
+
+
+def kp_position(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KP over positions: each channel of each image is a distribution over the H W positions.
+
+    ``-tau^2 sum_hw p_T log p_S`` with p the softmax at temperature tau, mean over images and channels. Equal C.
+    """
+    student, teacher = (part.flatten(2) for part in _same_size(student, teacher))
+    log_student = F.log_softmax(student / temperature, 2)
+    return -(temperature**2) * (F.softmax(teacher / temperature, 2) * log_student).sum(2).mean()
+
+
+def kp_unit(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KP per unit: each unit is on or off, with the probability ``sigmoid(pre-activation / tau)``.
+
+    ``-tau^2 (p_T log p_S + (1 - p_T) log(1 - p_S))``, mean over images, channels and positions. Maps *before* the
+    activation: after a ReLU a sigmoid cannot say "off". Equal C.
+    """
+    student, teacher = _same_size(student, teacher)
+    target = (teacher / temperature).sigmoid()
+    return temperature**2 * F.binary_cross_entropy_with_logits(student / temperature, target)
+
+
+def euclidean(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Euclidean hints: ``|student - teacher|^2 / |teacher|^2`` over the batch. Equal C; the temperature is not used.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3. They divide by 2; we divide by
+    the teacher's energy, so that one weight serves every layer.
+    """
+    student, teacher = _same_size(student, teacher)
+    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)
+
+
+def attention(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Attention transfer: mean squared difference of the attention maps ``sum_c x_c^2``, each of unit length.
+
+    Any two C; the temperature is not used. Source: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR
+    2017, section 3.1; the mean over images and positions is that of their program.
+    """
+    maps = (F.normalize(part.square().mean(1).flatten(1)) for part in _same_size(student, teacher))
+    return F.mse_loss(*maps)
+
+
+def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    student, teacher = student.float(), teacher.float()
+    size = tuple(min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    return tuple(part if part.shape[2:] == size else F.adaptive_avg_pool2d(part, size) for part in (student, teacher))  # type: ignore[return-value]
+
+
+# -- methods ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a student is taught with.
+
+    ``hint``: the loss between feature maps, if any, and ``beta`` its weight; ``regress``: which student maps pass a
+    pre-regressor, a 1x1 convolution trained along (``where channels differ``, ``always``, ``never``), or a linear
+    ``probe`` for the classes on either side; ``before_activation``: which maps; ``two_stage``: the middle hint alone
+    first, then distillation alone.
+    """
+
+    teacher: bool = True
+    hint: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    beta: float = 1.0
+    regress: str = "where channels differ"
+    before_activation: bool = False
+    two_stage: bool = False
+
+
+METHODS = {
+    "labels": Method(teacher=False),
+    "kd": Method(),
+    "kp-channel": Method(hint=kp_channel, beta=10.0),
+    "kp-position": Method(hint=kp_position, beta=10.0),
+    "kp-unit": Method(hint=kp_unit, beta=100.0, before_activation=True),
+    # The probes turn a map into class scores (B, classes, 1, 1), which are distributions over "channels" again.
+    "kp-class": Method(hint=kp_channel, regress="probe"),
+    "euclidean": Method(hint=euclidean, beta=10.0),
+    "fitnets": Method(hint=euclidean, beta=10.0, regress="always", two_stage=True),
+    "at": Method(hint=attention, beta=1000.0, regress="never"),
+}
+DEFAULT_METHOD = "kp-channel"
+
+
+def method_named(name: str) -> Method:
+    """The method of that name; `InputError` for any other."""
+    if name not in METHODS:
+        raise InputError(f"method is {name!r}; expected one of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dk2pnet.calibration.gather import inference_of
+from dk2pnet.data import Batches
 from dk2pnet.errors import InputError
-from dk2pnet.measure import is_classifier, outputs_of, use_form
-from dk2pnet.training.hints import capture, find_hints
-from dk2pnet.training.losses import distillation, kp_channel
+from dk2pnet.measure import evaluation, is_classifier, outputs_of, use_form
+from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state
+from dk2pnet.training.hints import find_pairs, parse_hints
+from dk2pnet.training.log import TrainingLog
+from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, method_named
+from dk2pnet.training.teaching import WithMaps, fit_probes, guided, hinting, taps_of
 
-__all__ = ["TrainingOptions", "train"]
+__all__ = ["PRECISIONS", "TrainingOptions", "choose_precision", "train"]
+
+PRECISIONS = ("auto", "fp32", "bf16")
+_LOG_STEPS = 50  # between two lines of the log
+_CLIP = 5.0  # largest norm of all gradients together
+_log = logging.getLogger(__name__)
+
+_Batch = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train. Defaults suit training from scratch; `pipelines.compress` lowers the learning rate.
 
-    ``alpha``, ``tau``: weight and temperature of distillation against the labels' cross-entropy (used with a teacher);
-    ``beta``, ``kp_tau``: weight of each KP term and its temperature; ``precision``: ``fp32`` or ``bf16`` (autocast).
+    ``batch_size``: images per step, all processes together; ``method``: one of `losses.METHODS` (used with a teacher);
+    ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of those found; ``alpha``, ``tau``: weight and
+    temperature of distillation against the labels' cross-entropy; ``beta``, ``kp_tau``: weight of each hint (None: the
+    method's own) and its temperature; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`);
+    ``compile``: by `torch.compile`; ``checkpoint_every``: seconds.
     """
 
     epochs: int = 20
     batch_size: int = 128
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
+    method: str = DEFAULT_METHOD
+    hints: Sequence[str] = ()
     alpha: float = 0.9
     tau: float = 4.0
-    beta: float = 1.0
+    beta: float | None = None
     kp_tau: float = 1.0
-    precision: str = "fp32"
+    precision: str = "auto"
+    compile: bool = False
     seed: int = 0
+    checkpoint_every: float = 60.0
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
@@ -51,118 +73,336 @@ class TrainingOptions:
             and self.tau > 0
             and self.kp_tau > 0
             and 0 <= self.alpha <= 1
-            and self.beta >= 0
+            and (self.beta is None or self.beta >= 0)
         ):
             raise InputError(
                 f"learning rate {self.learning_rate}, weight decay {self.weight_decay}, alpha {self.alpha}, "
                 f"tau {self.tau}, beta {self.beta}, KP tau {self.kp_tau}; expected rates and temperatures above 0, "
                 "alpha between 0 and 1, weight decay and beta 0 or more"
             )
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"precision is {self.precision!r}; expected fp32 or bf16")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        method_named(self.method)
+        parse_hints(self.hints)
+
+
+def choose_precision(device: torch.device) -> str:
+    """``bf16`` where the device has units for it (GPUs that support it, CPUs with AMX), else ``fp32``."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and has_amx() else "fp32"
+
+
+class _Stage(NamedTuple):
+    """Steps ``start`` to ``stop`` of a run, with a warm-up and a cosine of their own."""
+
+    start: int
+    stop: int
+    hints_only: bool = False
 
 
 def train(
     model: nn.Module,
-    epoch_of: Callable[[int], Iterable[tuple[Tensor, Tensor | None]]],
+    epoch_of: Callable[[int], Iterable[_Batch]],
     options: TrainingOptions,
     *,
     example: Tensor,
     steps_per_epoch: int,
     teacher: nn.Module | None = None,
     device: torch.device | str = "cpu",
+    folder: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    validate: Callable[[], Mapping[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> dict[str, float]:
     """Train `model` in place; returns the mean loss terms of the last epoch.
 
-    One stage, SGD with Nesterov momentum, one epoch of warm-up and a cosine to 0. The loss is the labels'
-    cross-entropy, and with a `teacher` (a network with the same module names)
-    ``(1 - alpha) CE + alpha tau^2 KL(teacher || student) + beta sum KP``; data without labels needs a teacher and
-    leaves CE out. DK layers are trained in their ``folded`` form, which is fastest and gives the same gradients.
+    SGD with Nesterov momentum, one epoch of warm-up and a cosine to 0, gradients clipped. The loss is the labels'
+    cross-entropy, and with a `teacher` ``(1 - alpha) CE + alpha tau^2 KL(teacher || student) + beta sum hints``, the
+    hints those of the method; data without labels leaves CE out. DK layers are trained in their ``folded`` form, which
+    is fastest and gives the same gradients. Under `accelerate launch` or `torchrun` each process takes its part of
+    every batch.
 
-    `epoch_of` gives the batches of an epoch by its number; `example` is one normalised image ``(1, C, H, W)``;
-    `progress` is called after every step with (steps done, steps in all, loss terms of the step).
+    Parameters
+    ----------
+    epoch_of : the batches of an epoch by its number, on every process all of them, the same in every call
+    example : one normalised image ``(1, C, H, W)``
+    folder : for ``checkpoints/``, ``log.jsonl`` and ``tensorboard/``. A run that was killed goes on from the newest
+        good checkpoint there, and ends (one process, CPU, equal threads, not compiled) with the weights of one that was
+        not. None: nothing is written
+    identity : what else the run depends on; a checkpoint of another is refused
+    validate : called after every epoch, its figures go to the log
+    progress : called after every step with (steps done, steps in all, mean loss terms of the epoch so far)
+
+    Raises
+    ------
+    InputError
+        When labels are missing or do not fit, a hint layer cannot be used, a checkpoint belongs to another run, or the
+        loss is not finite: the step, the terms and the last good checkpoint are named.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     set_seed(options.seed)
+    method = method_named(options.method) if teacher is not None else method_named("labels")
     # Precision by autocast rather than by the accelerator, which fixes it once for the whole process.
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
-    half = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.precision == "bf16")
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=options.learning_rate,
-        momentum=0.9,
-        nesterov=True,
-    )
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    precision = choose_precision(device) if options.precision == "auto" else options.precision
     total = options.epochs * steps_per_epoch
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, steps_per_epoch))
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    example = example.to(accelerator.device)
-    sums: dict[str, float] = {}
+    stages = _stages(method, options.epochs, steps_per_epoch)
+    model.to(device)
+    example = example.to(device)
+    checkpoints = None
+    if folder is not None:
+        asked = {key: value for key, value in asdict(options).items() if key != "checkpoint_every"}
+        asked |= {"student": _digest(model), "teacher": _digest(teacher)}
+        asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world, **(identity or {})}
+        checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every)
+
     with ExitStack() as stack:
         stack.enter_context(use_form(model, "folded"))
-        names = []
-        teacher_maps: dict[str, Tensor] = {}
-        if teacher is not None:
-            teacher.to(accelerator.device)
-            stack.enter_context(inference_of(teacher))
-            names = [name for name in find_hints(teacher, example) if name in dict(model.named_modules())]
-            teacher_maps = stack.enter_context(capture(teacher, names))
-        maps = stack.enter_context(capture(model, names))
-        prepared.train()
-        step = 0
-        for epoch in range(options.epochs):
-            sums = {}
-            for x, y in epoch_of(epoch):
-                if y is None and teacher is None:
-                    raise InputError(
-                        "the images have no labels, which training without a teacher needs; give labelled images"
-                    )
-                x, y = x.to(accelerator.device), None if y is None else y.to(accelerator.device)
+        stack.enter_context(_channels_last(model))
+        teaching = None
+        pairs, taps, hints, classes = [], [], [], 0
+        if teacher is not None and method.teacher:
+            teacher.to(device)
+            stack.enter_context(_channels_last(teacher))
+            if method.hint is not None:
+                pairs = _pairs(model, teacher, method, options, example)
+                taps, hints = taps_of(model, teacher, pairs, method, example)
+            teaching = stack.enter_context(hinting(teacher, hints))
+            with evaluation(teacher):
+                classes = outputs_of(teacher(example))[0].shape[1]
+        student = stack.enter_context(guided(model, taps, hints, method, classes))
+        optimizer = _optimizer(student, options)
+        state = checkpoints.load() if checkpoints is not None else None
+        step, sums = 0, {}
+        if method.regress == "probe" and teaching is not None:
+            channels = [count for _, count in hints]
+            fit_probes(teaching, channels, classes, () if state else _moved(epoch_of(0), device))
+        if state is not None:
+            step, sums = state["step"], state["sums"]
+            student.load_state_dict(state["student"])
+            _load_optimizer(optimizer, state["optimizer"])
+            if teaching is not None:
+                teaching.heads.load_state_dict(state["probes"])
+            _log.info("going on from %s, step %d of %d", checkpoints.last, step, total)  # type: ignore[union-attr]
+        forward, optimizer = accelerator.prepare(student, optimizer)
+        if options.compile:
+            forward = torch.compile(forward)
+            teaching = torch.compile(teaching) if teaching is not None else None
+        log = TrainingLog(folder if accelerator.is_main_process else None, step)
+        stack.callback(log.close)
+        half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+        student.train()
+        while step < total:
+            epoch, first = divmod(step, steps_per_epoch)
+            # A data loader may draw its order from the global generators when its iteration begins.
+            if state is not None:
+                set_random_state(state["epoch_random"])
+            epoch_random = random_state()
+            batches = iter(_part(epoch_of(epoch), first, rank, world))
+            if state is not None:
+                set_random_state(state["random"])
+                state = None
+            if first == 0:
+                sums = {}
+            for x, y in islice(batches, steps_per_epoch - first):
+                x, y = x.to(device, memory_format=torch.channels_last), None if y is None else y.to(device)
+                stage = next(each for each in stages if step < each.stop)
                 with half:
-                    outputs = outputs_of(prepared(x))
-                    terms = {}
-                    if y is not None:
-                        terms["labels"] = _labels_loss(outputs, y)
-                    if teacher is not None:
-                        with torch.no_grad():
-                            wanted = outputs_of(teacher(x))
-                        terms["kd"] = _output_loss(outputs, wanted, options.tau)
-                        pairs = [kp_channel(maps[n], teacher_maps[n], options.kp_tau) for n in names]
-                        if pairs:
-                            terms["kp"] = torch.stack(pairs).sum()
-                loss = _weighted(terms, options)
-                if not bool(torch.isfinite(loss)):
-                    parts = ", ".join(f"{name} {float(value.detach()):g}" for name, value in terms.items())
-                    raise InputError(
-                        f"the loss is not finite at step {step + 1} of {total} ({parts}); "
-                        "lower the learning rate with --lr"
-                    )
+                    terms, loss = _loss(forward, teaching, x, y, stage, method, options)
+                names = ["loss", *terms]
+                values = dict(zip(names, torch.stack([loss, *terms.values()]).detach().tolist(), strict=True))
+                if not math.isfinite(values["loss"]):
+                    _stop(step + 1, total, values, checkpoints, options)
                 accelerator.backward(loss)
-                accelerator.clip_grad_norm_(prepared.parameters(), 5.0)
+                if stage.hints_only:
+                    _forget_zero_gradients(model)
+                accelerator.clip_grad_norm_(student.parameters(), _CLIP)
+                rate = options.learning_rate * _rate(step, stage, steps_per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 optimizer.step()
-                schedule.step()
                 optimizer.zero_grad()
                 step += 1
-                values = {"loss": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
+                log.add(values, len(x) * world)
+                done = (step - 1) % steps_per_epoch + 1
                 for name, value in values.items():
-                    sums[name] = sums.get(name, 0.0) + value / steps_per_epoch
+                    sums[name] = sums.get(name, 0.0) + value
+                means = {name: value / done for name, value in sums.items()}
                 if progress is not None:
-                    progress(step, total, values)
+                    progress(step, total, means)
+                if done == steps_per_epoch:
+                    figures = validate() if validate is not None and accelerator.is_main_process else {}
+                    log.write(step, epoch + 1, rate, figures)
+                elif step % _LOG_STEPS == 0:
+                    log.write(step, epoch + 1, rate)
+                if checkpoints is not None and accelerator.is_main_process and (step == total or checkpoints.due()):
+                    checkpoints.save(
+                        step,
+                        {
+                            "step": step,
+                            "sums": sums,
+                            "student": student.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "probes": teaching.heads.state_dict() if teaching is not None else {},
+                            "random": random_state(),
+                            "epoch_random": epoch_random,
+                        },
+                    )
+            if step != (epoch + 1) * steps_per_epoch:
+                raise InputError(
+                    f"the data gave {step - epoch * steps_per_epoch} batches in epoch {epoch + 1}; expected "
+                    f"{steps_per_epoch}, as many as before: give batches whose number does not change"
+                )
+        accelerator.wait_for_everyone()
+        last = {name: value / steps_per_epoch for name, value in sums.items()}
     model.eval()
-    return sums
+    return last
 
 
-def _rate(step: int, total: int, steps_per_epoch: int) -> float:
-    """One epoch of linear warm-up (at most a tenth of the run), then a cosine to 0."""
+# -- data ---------------------------------------------------------------------------------------------------------
+
+
+def _part(batches: Iterable[_Batch], first: int, rank: int, world: int) -> Iterable[_Batch]:
+    """The batches from number `first` on; of each, the part of this process."""
+    if isinstance(batches, Batches):
+        return batches.part(first, rank, world)
+    return (
+        (x[rank::world], None if y is None else y[rank::world]) if world > 1 else (x, y)
+        for x, y in islice(batches, first, None)
+    )
+
+
+def _moved(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
+    for x, y in batches:
+        yield x.to(device, memory_format=torch.channels_last), y
+
+
+def _digest(model: nn.Module | None) -> str:
+    """What tells networks with other weights apart, at most 16 characters."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items() if model is not None else ():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _channels_last(model: nn.Module) -> Iterator[None]:
+    """Weights in the channels-last format, which convolutions run faster in, inside the block; then as is usual."""
+    model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)
+
+
+# -- hints --------------------------------------------------------------------------------------------------------
+
+
+def _pairs(model: nn.Module, teacher: nn.Module, method: Method, options: TrainingOptions, example: Tensor) -> list:
+    """The hint pairs of the run, told before it starts."""
+    pairs = parse_hints(options.hints) or find_pairs(model, teacher, example)
+    if not pairs:
+        raise InputError(
+            f"no feature maps of teacher and student belong together, which method {options.method!r} needs; "
+            "give some with --hint TEACHER.LAYER=STUDENT.LAYER, or use --method kd"
+        )
+    if method.two_stage and not options.hints:
+        pairs = pairs[len(pairs) // 2 : len(pairs) // 2 + 1]  # FitNets: the middle layer
+    _log.info("hints (teacher = student): %s", ", ".join(f"{pair.teacher} = {pair.student}" for pair in pairs))
+    return pairs
+
+
+# -- the schedule -------------------------------------------------------------------------------------------------
+
+
+def _stages(method: Method, epochs: int, steps_per_epoch: int) -> list[_Stage]:
+    """One stage, or a quarter of the epochs with the hint alone before the rest."""
+    total = epochs * steps_per_epoch
+    if not method.two_stage:
+        return [_Stage(0, total)]
+    if epochs < 2:
+        raise InputError("method 'fitnets' trains in two stages and needs at least 2 epochs; give --epochs 2 or more")
+    first = max(1, epochs // 4) * steps_per_epoch
+    return [_Stage(0, first, hints_only=True), _Stage(first, total)]
+
+
+def _rate(step: int, stage: _Stage, steps_per_epoch: int) -> float:
+    """One epoch of linear warm-up (at most a tenth of the stage), then a cosine to 0."""
+    step, total = step - stage.start, stage.stop - stage.start
     warmup = max(1, min(steps_per_epoch, total // 10))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _optimizer(student: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+    """No decay for biases and norms."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=options.learning_rate, momentum=0.9, nesterov=True)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The state, its tensors laid out in memory like the parameters: another layout may round differently."""
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _forget_zero_gradients(model: nn.Module) -> None:
+    """Layers that the hint does not reach stay as they are: no weight decay either."""
+    for parameter in model.parameters():
+        if parameter.grad is not None and not parameter.grad.any():
+            parameter.grad = None
+
+
+# -- the loss -----------------------------------------------------------------------------------------------------
+
+
+def _loss(
+    forward: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]],
+    teaching: WithMaps | None,
+    x: Tensor,
+    y: Tensor | None,
+    stage: _Stage,
+    method: Method,
+    options: TrainingOptions,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms of the loss, without their weights, and their weighted sum."""
+    if y is None and teaching is None:
+        raise InputError("the images have no labels, which training without a teacher needs; give labelled images")
+    outputs, maps = forward(x)
+    with torch.no_grad():
+        wanted, hints = teaching(x) if teaching is not None else ([], [])
+    terms: dict[str, Tensor] = {}
+    weights: dict[str, float] = {}
+    if method.hint is not None and (stage.hints_only or not method.two_stage):
+        losses = [method.hint(a, b, options.kp_tau) for a, b in zip(maps, hints, strict=True)]
+        terms["hints"] = torch.stack(losses).sum()
+        weights["hints"] = method.beta if options.beta is None else options.beta
+    if stage.hints_only:
+        # Several processes expect a gradient for every parameter, if only zero.
+        nothing = torch.stack([output.float().sum() for output in outputs]).sum() * 0.0
+        return terms, weights["hints"] * terms["hints"] + nothing
+    if y is not None:
+        terms["labels"], weights["labels"] = _labels_loss(outputs, y), 1.0
+    if teaching is not None:
+        terms["kd"], weights["kd"] = _output_loss(outputs, wanted, options.tau), 1.0
+        if y is not None:
+            weights |= {"labels": 1 - options.alpha, "kd": options.alpha}
+    return terms, torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
 def _labels_loss(outputs: list[Tensor], y: Tensor) -> Tensor:
@@ -183,12 +423,12 @@ def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Ten
     return error / torch.stack([b.float().square().sum() for b in wanted]).sum().clamp_min(1e-12)
 
 
-def _weighted(terms: dict[str, Tensor], options: TrainingOptions) -> Tensor:
-    if "kd" not in terms:
-        return terms["labels"]
-    loss = terms["kd"] * (options.alpha if "labels" in terms else 1.0)
-    if "labels" in terms:
-        loss = loss + (1 - options.alpha) * terms["labels"]
-    if "kp" in terms:
-        loss = loss + options.beta * terms["kp"]
-    return loss
+def _stop(
+    step: int, total: int, values: Mapping[str, float], checkpoints: Checkpoints | None, options: TrainingOptions
+) -> None:
+    parts = ", ".join(f"{name} {value:g}" for name, value in values.items() if name != "loss")
+    good = f"; the last good checkpoint is {checkpoints.last}" if checkpoints is not None and checkpoints.last else ""
+    raise InputError(
+        f"the loss is not finite at step {step} of {total} ({parts}){good}; "
+        f"lower the learning rate ({options.learning_rate:g}) with --lr"
+    )

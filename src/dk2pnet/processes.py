@@ -1,0 +1,54 @@
+"""Several processes, as `accelerate launch` and `torchrun` start them: which one this is, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["count", "is_main", "join", "rank", "sum_over_all", "wait"]
+
+
+def join(device: str) -> torch.device | None:
+    """Join the other processes; the device of this one, or None where it runs alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import PartialState
+
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available()).device
+
+
+def count() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if count() > 1 else int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def sum_over_all(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, bit for bit the same in each of them."""
+    if count() == 1:
+        return
+    on_gpu = dist.get_backend() == "nccl"
+    for tensor in tensors:
+        total = tensor.cuda() if on_gpu else tensor.contiguous()
+        dist.reduce(total, 0)
+        dist.broadcast(total, 0)
+        tensor.copy_(total)
