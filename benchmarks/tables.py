@@ -98,12 +98,86 @@ def large_layers() -> str:
     return markdown_table(header, rows)
 
 
+def training(model: str) -> Callable[[], str]:
+    def table() -> str:
+        rows = []
+        found = read(f"training-{model}")["rows"]
+        for row in sorted(
+            found, key=lambda r: (-r["macs_kept"], -r["epochs"], r["method"] != "kp-channel", r["method"])
+        ):
+            done = "accuracy" in row
+            epochs = f"{row['epochs']}" if done else f"{row['epochs_done']} of {row['epochs']}"
+            rows.append(
+                (
+                    f"{1 / row['macs_kept']:.1f}x",
+                    row["method"],
+                    epochs,
+                    f"{row['closed_form']:.2f}",
+                    f"{row['accuracy']:.2f}" if done else "–",
+                    f"{row['accuracy'] - row['teacher_accuracy']:+.2f}" if done else "–",
+                )
+            )
+        header = ("fewer MACs", "method", "epochs", "closed form %", "trained %", "points from the teacher")
+        return markdown_table(header, rows)
+
+    return table
+
+
+def methods() -> str:
+    peak = {row["name"]: row["bytes"] for row in read("steps")["memory"]["rows"]}
+    rows = [
+        (row["name"], f"{row['ratio']:.2f}x", f"{peak[row['name']] / 2**20:.0f} MiB")
+        for row in read("steps")["methods"]["rows"]
+    ]
+    return markdown_table(("method", "time of a step", "peak memory"), rows)
+
+
+def recipes() -> str:
+    rows = read("steps")["recipes"]["rows"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    cells = {(row["network"], row["name"]): row for row in rows}
+    table = []
+    for network in networks:
+        found = [cells[network, name] for name in names]
+        table.append((network, *[f"{1 / row['ratio']:.2f}x ({row['images_per_second']:.0f}/s)" for row in found]))
+    return markdown_table(("network", *names), table)
+
+
+def processes() -> str:
+    rows = [
+        (str(row["processes"]), f"{row['mean']:.2f} ± {row['spread']:.2f}", f"{len(row['accuracies'])}")
+        for row in read("processes")["training"]
+    ]
+    return markdown_table(("processes", "accuracy %", "seeds"), rows)
+
+
+def kills() -> str:
+    data = read("kills")
+    steps = ", ".join(str(kill["step"]) for kill in data["kills"])
+    rows = [
+        ("kills", f"{len(data['kills'])}, {sum(kill['while_writing'] for kill in data['kills'])} while writing"),
+        ("newest checkpoint's step at each", steps),
+        ("weights identical to the undisturbed run's", "yes" if data["killed"] == data["undisturbed"] else "NO"),
+    ]
+    for damage in ("cut", "changed"):
+        same = "yes" if data[damage]["weights"] == data["undisturbed"] else "NO"
+        rows.append((f"… after the newest checkpoint was {damage}", same))
+    return markdown_table(("what", "result"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "criteria-resnet32": criteria("resnet32"),
     "corrections-resnet32": corrections("resnet32"),
     "export": export,
     "large-layers": large_layers,
+    "training-resnet32": training("resnet32"),
+    "training-resnet44": training("resnet44"),
+    "methods": methods,
+    "recipes": recipes,
+    "processes": processes,
+    "kills": kills,
 }
 
 

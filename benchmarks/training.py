@@ -3,9 +3,9 @@
     python benchmarks/training.py --weights resnet32.th --data-dir DATA --runs FOLDER
         [--model resnet32] [--budgets macs=0.25 ...] [--methods kp-channel kd euclidean] [--epochs 10] [--compile]
 
-Every student is one `dk2pnet compress --criterion loss --epochs 0`, every run one `dk2pnet train` with it, in FOLDER. What
-is there already is not made again, and a killed run goes on where it was: repeat the command. Writes the runs of FOLDER,
-also those that still train, to benchmarks/results/training-MODEL.json.
+Every student is one `dk2pnet compress --criterion loss --epochs 0`, every run one `dk2pnet train` with it, in FOLDER.
+What is there already is not made again, and a killed run goes on where it was: repeat the command. Writes the runs of
+FOLDER, also those that still train, to benchmarks/results/training-MODEL.json.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from dk2pnet.errors import InputError
 from dk2pnet.processes import is_main
-from dk2pnet.training.losses import DEFAULT_METHOD
 
 __all__ = ["app", "main"]
 
@@ -71,10 +70,10 @@ Precision = Annotated[
     str, typer.Option(help="fp32 or bf16, for training; auto: bf16 where the processor or GPU has units for it.")
 ]
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="What the teacher teaches with: kd (softened logits), and beside them kp-channel, kp-position, kp-unit or "
-        "kp-class (KP), euclidean or at (hints); or fitnets (two stages). labels: no teacher."
+        help="What the teacher teaches with: kd (softened logits), and beside them kp-channel (KP, the default), "
+        "kp-position, kp-unit, kp-class, euclidean or at (hints); or fitnets (two stages). labels: no teacher."
     ),
 ]
 Hint = Annotated[
@@ -123,7 +122,7 @@ def compress(
     ] = 0,
     batch_size: BatchSize = 128,
     learning_rate: Annotated[float, typer.Option("--lr", help="Learning rate of the training.")] = 0.02,
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
     hint: Hint = None,
     precision: Precision = "auto",
     compile: Compile = False,
@@ -173,6 +172,8 @@ def compress(
             command=_command(),
             progress=progress,
         )
+    if not is_main():
+        return
     console.print(result.plan.summary(), highlight=False, soft_wrap=True)
     console.print(rich_table("", ("", "teacher", "student", "change"), comparison_rows(result.metrics)))
     for decision in result.metrics["decisions"]:
@@ -198,7 +199,7 @@ def train(
         str | None, typer.Option(help="Network that teaches, as --model: a name or an OUT folder.")
     ] = None,
     teacher_weights: Annotated[str | None, typer.Option(help="Weights of the teacher, as --weights.")] = None,
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
     hint: Hint = None,
     alpha: Annotated[float, typer.Option(help="Weight of the softened logits; the labels have the rest.")] = 0.9,
     tau: Annotated[float, typer.Option(help="Temperature of the softened logits.")] = 4.0,
@@ -317,7 +318,7 @@ def main() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # our own sentence says what is wrong
     warnings.filterwarnings("ignore")
     messages = logging.getLogger("dk2pnet")
-    messages.addHandler(_Messages())
+    messages.handlers = [_Messages()]
     messages.setLevel(logging.INFO)
     messages.propagate = False
     try:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ from dk2pnet.pipelines.folders import (
     check_out,
     keep_logs,
     new_folder,
-    unfinished_folder,
+    unfinished,
     write_json,
     write_onnx,
     write_recipe,
@@ -62,7 +62,6 @@ from dk2pnet.pipelines.inputs import (
 from dk2pnet.plan import Budget, LayerPlan, Plan
 from dk2pnet.report.page import write_page
 from dk2pnet.student import load_student, save_student
-from dk2pnet.training.losses import DEFAULT_METHOD
 from dk2pnet.training.trainer import TrainingOptions
 
 __all__ = ["CRITERIA", "Result", "compress"]
@@ -120,7 +119,7 @@ def compress(
     epochs: int = 0,
     batch_size: int = 128,
     learning_rate: float = 0.02,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     hints: Sequence[str] = (),
     precision: str = "auto",
     compile: bool = False,
@@ -222,77 +221,79 @@ def compress(
 
     left_out = ("command", "progress", "overwrite", "out", "test_data", "example_input")
     recipe = {key: _plain(value) for key, value in asked.items() if key not in left_out}
-    folder = None
-    if out is not None and options is not None:
-        kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"}
-        folder = unfinished_folder(out, overwrite, {"command": "compress", **kept})
+    with ExitStack() as whole:
+        folder = None
+        if out is not None and options is not None:
+            kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"}
+            folder = whole.enter_context(unfinished(out, overwrite, {"command": "compress", **kept}))
 
-    def solved() -> _Solved:
-        return _closed_form(
-            teacher,
-            teacher_held,
-            network,
-            images,
-            example,
-            wanted,
-            criterion,
-            keep,
-            first,
-            int(memory * 2**30),
-            rebuild,
-            seed,
-            clock,
-            progress,
-        )
-
-    student, plan, decisions = solved() if folder is None else _solved_once(folder, teacher, clock, solved)
-    student = student.to(chosen)
-    set_form(student, "folded")  # the fastest form in eager PyTorch; `branches` again at the end
-    figures = _Figures(teacher, teacher_held, images, chosen, progress)
-    stages = [figures.of(teacher, "teacher"), figures.of(student, "closed form")]
-    if options is not None:
-        assert images is not None
-        assert images.train is not None
-        with clock("train"):
-            fit(
-                student,
-                images.train,
-                options,
-                example=example,
-                teacher=teacher,
-                name=named,
-                normalization=network.normalization,
-                validation=images.validation,
-                device=chosen,
-                folder=folder,
-                progress=progress,
+        def solved() -> _Solved:
+            return _closed_form(
+                teacher,
+                teacher_held,
+                network,
+                images,
+                example,
+                wanted,
+                criterion,
+                keep,
+                first,
+                int(memory * 2**30),
+                rebuild,
+                seed,
+                clock,
+                progress,
             )
-        stages.append(figures.of(student, "trained"))
 
-    student.eval()
-    set_form(student, "branches")
-    metrics: dict[str, Any] = {
-        "teacher": stages[0] | {"parameters": plan.parameters_dense, "macs": plan.macs_dense},
-        "student": stages[-1] | {"parameters": parameters(student), "macs": macs(student, example)},
-        "stages": stages,
-        "layers": [_layer_figures(layer) for layer in plan.layers],
-        "decisions": decisions,
-        "run": {
-            "command": command or "dk2pnet.compress(...)",
-            "seed": seed,
-            "criterion": criterion,
-            "budget": str(wanted),
-            "images": images.counts if images else {},
-            "seconds": clock.seconds,
-            **environment(chosen),
-        },
-    }
-    for side in ("teacher", "student"):
-        metrics[side] = {"onnx_bytes": None, "latency_ms": None} | metrics[side]
-        del metrics[side]["name"]
-    if out is not None and processes.is_main():
-        _write(Path(out), overwrite, teacher, student, plan, metrics, example, recipe, folder, threads, clock, progress)
-    processes.wait()
+        student, plan, decisions = solved() if folder is None else _solved_once(folder, teacher, clock, solved)
+        student = student.to(chosen)
+        set_form(student, "folded")  # the fastest form in eager PyTorch; `branches` again at the end
+        figures = _Figures(teacher, teacher_held, images, chosen, progress)
+        stages = [figures.of(teacher, "teacher"), figures.of(student, "closed form")]
+        if options is not None:
+            assert images is not None
+            assert images.train is not None
+            with clock("train"):
+                fit(
+                    student,
+                    images.train,
+                    options,
+                    example=example,
+                    teacher=teacher,
+                    name=named,
+                    normalization=network.normalization,
+                    validation=images.validation,
+                    device=chosen,
+                    folder=folder,
+                    progress=progress,
+                )
+            stages.append(figures.of(student, "trained"))
+
+        student.eval()
+        set_form(student, "branches")
+        metrics: dict[str, Any] = {
+            "teacher": stages[0] | {"parameters": plan.parameters_dense, "macs": plan.macs_dense},
+            "student": stages[-1] | {"parameters": parameters(student), "macs": macs(student, example)},
+            "stages": stages,
+            "layers": [_layer_figures(layer) for layer in plan.layers],
+            "decisions": decisions,
+            "run": {
+                "command": command or "dk2pnet.compress(...)",
+                "seed": seed,
+                "criterion": criterion,
+                "budget": str(wanted),
+                "images": images.counts if images else {},
+                "seconds": clock.seconds,
+                **environment(chosen),
+            },
+        }
+        for side in ("teacher", "student"):
+            metrics[side] = {"onnx_bytes": None, "latency_ms": None} | metrics[side]
+            del metrics[side]["name"]
+        if out is not None and processes.is_main():
+            _write(
+                Path(out), overwrite, teacher, student, plan, metrics, example, recipe, folder, threads, clock, progress
+            )
     return Result(student, plan, metrics)
 
 
@@ -743,7 +744,7 @@ def _write(
     metrics: dict[str, Any],
     example: Tensor,
     recipe: Mapping[str, Any],
-    unfinished: Path | None,
+    logs: Path | None,
     threads: int | None,
     clock: _Clock,
     progress: Progress,
@@ -769,10 +770,8 @@ def _write(
         write_json(folder / "metrics.json", metrics)
         write_recipe(folder / "recipe.yaml", "compress", recipe)
         write_page(metrics, folder / "report.html")
-        if unfinished is not None:
-            keep_logs(unfinished, folder)
-    if unfinished is not None:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if logs is not None:
+            keep_logs(logs, folder)
 
 
 def _plain(value: Any) -> Any:

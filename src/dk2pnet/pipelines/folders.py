@@ -22,7 +22,7 @@ from dk2pnet.errors import InputError
 from dk2pnet.plan import Plan
 from dk2pnet.processes import is_main, wait
 
-__all__ = ["check_out", "keep_logs", "new_folder", "unfinished_folder", "write_json", "write_onnx", "write_recipe"]
+__all__ = ["check_out", "keep_logs", "new_folder", "unfinished", "write_json", "write_onnx", "write_recipe"]
 
 
 def check_out(out: str | Path | None, overwrite: bool) -> None:
@@ -36,35 +36,50 @@ def check_out(out: str | Path | None, overwrite: bool) -> None:
         raise InputError(f"{out} is not a folder that dk2pnet wrote, so it is not replaced; give another --out")
 
 
-def unfinished_folder(out: str | Path, overwrite: bool, asked: Mapping[str, Any]) -> Path:
-    """The folder ``OUT.unfinished`` of a run that takes long: its checkpoints and logs until OUT is written.
+@contextmanager
+def unfinished(out: str | Path, overwrite: bool, asked: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder ``OUT.unfinished`` of a run that takes long, for checkpoints and logs; gone once the block has ended.
 
-    `asked` are the options of the run. A folder that a run with others left is refused, or emptied with `overwrite`.
+    A run that stops before anything is worth keeping leaves nothing. One that stops later leaves the folder, for the
+    same command to go on with. `asked` are the options of the run: a folder that a run with others left is refused, or
+    emptied with `overwrite`.
     """
     out = Path(out)
     folder = out.with_name(f"{out.name}.unfinished")
-    asked = json.loads(json.dumps(asked))
     if is_main():
-        path = folder / "asked.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else asked
-        except json.JSONDecodeError:  # killed while it was written: nothing else is there yet
-            found = asked
-        for key in {**asked, **found}:
-            if asked.get(key) != found.get(key) and not overwrite:
-                raise InputError(
-                    f"{folder} holds an unfinished run with {key.replace('_', '-')} {found.get(key)}, this one has "
-                    f"{asked.get(key)}; repeat the command that began it, give another --out, or --overwrite to drop it"
-                )
-        if asked != found:
-            shutil.rmtree(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, asked)
-        except OSError as error:
-            raise InputError(_disk_message(out, error)) from error
+        _enter(folder, overwrite, json.loads(json.dumps(asked)))
     wait()
-    return folder
+    try:
+        yield folder
+    except BaseException:
+        if is_main() and not _worth_keeping(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    wait()
+
+
+def _worth_keeping(folder: Path) -> bool:
+    return (folder / "closed-form.json").exists() or any(folder.glob("checkpoints/step-*.safetensors"))
+
+
+def _enter(folder: Path, overwrite: bool, asked: dict[str, Any]) -> None:
+    path = folder / "asked.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if _worth_keeping(folder) else asked
+    for key in {**asked, **found}:
+        if asked.get(key) != found.get(key) and not overwrite:
+            raise InputError(
+                f"{folder} holds an unfinished run with {key.replace('_', '-')} {found.get(key)}, this one has "
+                f"{asked.get(key)}; repeat the command that began it, give another --out, or --overwrite to drop it"
+            )
+    try:
+        if asked != found or not _worth_keeping(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(path, asked)
+    except OSError as error:
+        raise InputError(_disk_message(folder, error)) from error
 
 
 def keep_logs(unfinished: Path, folder: Path) -> None:

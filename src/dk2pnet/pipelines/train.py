@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from dk2pnet.pipelines.folders import (
     check_out,
     keep_logs,
     new_folder,
-    unfinished_folder,
+    unfinished,
     write_json,
     write_onnx,
     write_recipe,
@@ -35,9 +34,8 @@ from dk2pnet.pipelines.inputs import (
     silent,
 )
 from dk2pnet.plan import Plan
-from dk2pnet.processes import is_main, wait
+from dk2pnet.processes import is_main
 from dk2pnet.student import save_student
-from dk2pnet.training.losses import method_named
 from dk2pnet.training.trainer import TrainingOptions
 
 __all__ = ["train_network"]
@@ -83,11 +81,13 @@ def train_network(
     network = open_network(model, weights=weights, normalize=normalize, data=training, classes=classes)
     taught_by = None
     if teacher is not None:
-        if not method_named(options.method).teacher:
-            raise InputError(f"method {options.method!r} has no teacher; leave --teacher away, or use --method kd")
+        if options.method == "labels":
+            raise InputError("method 'labels' uses no teacher; leave --teacher away, or use --method kd")
         taught_by = open_network(teacher, weights=teacher_weights, normalize=normalize, data=training, classes=classes)
         if taught_by.plan is None and teacher_weights is None:
             raise InputError(f"teacher {teacher!r} has no weights; give its file (or 'pretrained') as teacher weights")
+    elif options.method not in (None, "labels"):
+        raise InputError(f"method {options.method!r} needs a teacher; give one with --teacher")
     elif teacher_weights is not None:
         raise InputError(f"teacher weights {teacher_weights} were given without a teacher; name the network too")
     norm = network.normalization or (taught_by.normalization if taught_by else None) or Normalization.measure(kept)
@@ -95,57 +95,53 @@ def train_network(
     net = network.model.to(chosen)
     example = norm.apply(training.subset([0]).images).to(chosen)
     asked = {key: value for key, value in (recipe or {}).items() if key != "checkpoint_every"}
-    folder = unfinished_folder(out, overwrite, {"command": "train", **asked})
-
-    last = fit(
-        net,
-        kept,
-        options,
-        example=example,
-        teacher=taught_by.model if taught_by else None,
-        name=data,
-        normalization=norm,
-        validation=validation,
-        device=chosen,
-        folder=folder,
-        progress=progress,
-    )
-    if not is_main():
-        wait()
-        return {}
-    set_form(net, "folded")
-    test = load_data(data, "test", model, data_dir=data_dir, input_size=input_size)
-    figures: dict[str, Any] = {
-        "validation_accuracy": _accuracy(net, validation, norm, chosen),
-        "accuracy": _accuracy(net, test, norm, chosen),
-        "parameters": parameters(net),
-        "macs": macs(net, example),
-    }
-    images = {"train": len(kept), "validation": len(validation), "test": len(test) if test is not None else 0}
-    run = {"command": command, "seed": options.seed, "images": images, "last_epoch_loss": last, **environment(chosen)}
-    metrics: dict[str, Any] = {"network": figures, "run": run}
-    if taught_by is not None:
-        metrics["teacher"] = {
-            "accuracy": _accuracy(taught_by.model, test, norm, chosen),
-            "parameters": parameters(taught_by.model),
-            "macs": macs(taught_by.model, example),
+    with unfinished(out, overwrite, {"command": "train", **asked}) as folder:
+        last = fit(
+            net,
+            kept,
+            options,
+            example=example,
+            teacher=taught_by.model if taught_by else None,
+            name=data,
+            normalization=norm,
+            validation=validation,
+            device=chosen,
+            folder=folder,
+            progress=progress,
+        )
+        if not is_main():
+            return {}
+        set_form(net, "folded")
+        test = load_data(data, "test", model, data_dir=data_dir, input_size=input_size)
+        figures: dict[str, Any] = {
+            "validation_accuracy": _accuracy(net, validation, norm, chosen),
+            "accuracy": _accuracy(net, test, norm, chosen),
+            "parameters": parameters(net),
+            "macs": macs(net, example),
         }
-    with new_folder(out, overwrite) as new:
-        plan = network.plan or Plan()
-        plan.network, plan.input_shape, plan.normalization = network.spec, list(example.shape[1:]), norm.to_dict()
-        set_form(net, "branches")
-        net.cpu().eval()
-        try:
-            figures["onnx_difference"] = write_onnx(net, plan, example.cpu(), new / "model.onnx")
-        except InputError as error:  # hours of training are worth keeping without it
-            _log.warning("no model.onnx was written: %s", error)
-            (new / "model.onnx").unlink(missing_ok=True)
-        save_student(net, plan, new)
-        write_json(new / "metrics.json", metrics)
-        write_recipe(new / "recipe.yaml", "train", recipe or {})
-        keep_logs(folder, new)
-    shutil.rmtree(folder, ignore_errors=True)
-    wait()
+        images = {"train": len(kept), "validation": len(validation), "test": len(test) if test is not None else 0}
+        run = {"command": command, "seed": options.seed, "images": images, "last_epoch_loss": last}
+        metrics: dict[str, Any] = {"network": figures, "run": run | environment(chosen)}
+        if taught_by is not None:
+            metrics["teacher"] = {
+                "accuracy": _accuracy(taught_by.model, test, norm, chosen),
+                "parameters": parameters(taught_by.model),
+                "macs": macs(taught_by.model, example),
+            }
+        with new_folder(out, overwrite) as new:
+            plan = network.plan or Plan()
+            plan.network, plan.input_shape, plan.normalization = network.spec, list(example.shape[1:]), norm.to_dict()
+            set_form(net, "branches")
+            net.cpu().eval()
+            try:
+                figures["onnx_difference"] = write_onnx(net, plan, example.cpu(), new / "model.onnx")
+            except InputError as error:  # hours of training are worth keeping without it
+                _log.warning("no model.onnx was written: %s", error)
+                (new / "model.onnx").unlink(missing_ok=True)
+            save_student(net, plan, new)
+            write_json(new / "metrics.json", metrics)
+            write_recipe(new / "recipe.yaml", "train", recipe or {})
+            keep_logs(folder, new)
     return metrics
 
 

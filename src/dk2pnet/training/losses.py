@@ -49,9 +49,10 @@ def kp_channel(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
     ``-tau^2 sum_c p_T log p_S`` with p the softmax at temperature tau, mean over images and positions. Equal C.
     """
-    student, teacher = _same_size(student, teacher)
+    # A row for each position: in the channels-last layout that is how the maps lie in memory.
+    student, teacher = (part.permute(0, 2, 3, 1).flatten(0, 2) for part in _same_size(student, teacher))
     log_student = F.log_softmax(student / temperature, 1)
-    return -(temperature**2) * (F.softmax(teacher / temperature, 1) * log_student).sum(1).mean()
+    return -(temperature**2) * (F.softmax(teacher / temperature, 1) * log_student).sum() / len(student)
 
 
 def kp_position(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -22,13 +22,14 @@ from dk2pnet.measure import evaluation, is_classifier, outputs_of, use_form
 from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state
 from dk2pnet.training.hints import find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
-from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, method_named
+from dk2pnet.training.losses import DEFAULT_METHOD, METHODS, Method, distillation, method_named
 from dk2pnet.training.teaching import WithMaps, fit_probes, guided, hinting, taps_of
 
 __all__ = ["PRECISIONS", "TrainingOptions", "choose_precision", "train"]
 
 PRECISIONS = ("auto", "fp32", "bf16")
 _LOG_STEPS = 50  # between two lines of the log
+_LAYOUT = torch.channels_last  # convolutions run faster in it, on CPUs and GPUs
 _CLIP = 5.0  # largest norm of all gradients together
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ _Batch = tuple[Tensor, Tensor | None]
 class TrainingOptions:
     """How to train. Defaults suit training from scratch; `pipelines.compress` lowers the learning rate.
 
-    ``batch_size``: images per step, all processes together; ``method``: one of `losses.METHODS` (used with a teacher);
+    ``batch_size``: images per step, all processes together; ``method``: one of `losses.METHODS`, None for KP with a
+    teacher and ``labels`` without;
     ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of those found; ``alpha``, ``tau``: weight and
     temperature of distillation against the labels' cross-entropy; ``beta``, ``kp_tau``: weight of each hint (None: the
     method's own) and its temperature; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`);
@@ -50,7 +52,7 @@ class TrainingOptions:
     batch_size: int = 128
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
-    method: str = DEFAULT_METHOD
+    method: str | None = None
     hints: Sequence[str] = ()
     alpha: float = 0.9
     tau: float = 4.0
@@ -82,7 +84,8 @@ class TrainingOptions:
             )
         if self.precision not in PRECISIONS:
             raise InputError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
-        method_named(self.method)
+        if self.method is not None:
+            method_named(self.method)
         parse_hints(self.hints)
 
 
@@ -145,7 +148,7 @@ def train(
     from accelerate.utils import set_seed
 
     set_seed(options.seed)
-    method = method_named(options.method) if teacher is not None else method_named("labels")
+    method = _method(options.method, teacher)
     # Precision by autocast rather than by the accelerator, which fixes it once for the whole process.
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -157,18 +160,19 @@ def train(
     checkpoints = None
     if folder is not None:
         asked = {key: value for key, value in asdict(options).items() if key != "checkpoint_every"}
+        asked["method"] = next(name for name, each in METHODS.items() if each is method)
         asked |= {"student": _digest(model), "teacher": _digest(teacher)}
         asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world, **(identity or {})}
         checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every)
 
     with ExitStack() as stack:
         stack.enter_context(use_form(model, "folded"))
-        stack.enter_context(_channels_last(model))
+        stack.enter_context(_fast_layout(model))
         teaching = None
         pairs, taps, hints, classes = [], [], [], 0
         if teacher is not None and method.teacher:
             teacher.to(device)
-            stack.enter_context(_channels_last(teacher))
+            stack.enter_context(_fast_layout(teacher))
             if method.hint is not None:
                 pairs = _pairs(model, teacher, method, options, example)
                 taps, hints = taps_of(model, teacher, pairs, method, example)
@@ -211,7 +215,7 @@ def train(
             if first == 0:
                 sums = {}
             for x, y in islice(batches, steps_per_epoch - first):
-                x, y = x.to(device, memory_format=torch.channels_last), None if y is None else y.to(device)
+                x, y = x.to(device, memory_format=_LAYOUT), None if y is None else y.to(device)
                 stage = next(each for each in stages if step < each.stop)
                 with half:
                     terms, loss = _loss(forward, teaching, x, y, stage, method, options)
@@ -280,7 +284,7 @@ def _part(batches: Iterable[_Batch], first: int, rank: int, world: int) -> Itera
 
 def _moved(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
     for x, y in batches:
-        yield x.to(device, memory_format=torch.channels_last), y
+        yield x.to(device, memory_format=_LAYOUT), y
 
 
 def _digest(model: nn.Module | None) -> str:
@@ -293,13 +297,22 @@ def _digest(model: nn.Module | None) -> str:
 
 
 @contextmanager
-def _channels_last(model: nn.Module) -> Iterator[None]:
-    """Weights in the channels-last format, which convolutions run faster in, inside the block; then as is usual."""
-    model.to(memory_format=torch.channels_last)
+def _fast_layout(model: nn.Module) -> Iterator[None]:
+    """Weights in the layout that convolutions run faster in, inside the block; then as is usual."""
+    model.to(memory_format=_LAYOUT)
     try:
         yield
     finally:
         model.to(memory_format=torch.contiguous_format)
+
+
+def _method(name: str | None, teacher: nn.Module | None) -> Method:
+    if name is None:
+        return METHODS[DEFAULT_METHOD if teacher is not None else "labels"]
+    method = method_named(name)
+    if method.teacher and teacher is None:
+        raise InputError(f"method {name!r} needs a teacher; give one with --teacher, or use --method labels")
+    return method
 
 
 # -- hints --------------------------------------------------------------------------------------------------------
@@ -310,7 +323,7 @@ def _pairs(model: nn.Module, teacher: nn.Module, method: Method, options: Traini
     pairs = parse_hints(options.hints) or find_pairs(model, teacher, example)
     if not pairs:
         raise InputError(
-            f"no feature maps of teacher and student belong together, which method {options.method!r} needs; "
+            "no feature maps of teacher and student belong together, which hints need; "
             "give some with --hint TEACHER.LAYER=STUDENT.LAYER, or use --method kd"
         )
     if method.two_stage and not options.hints:
@@ -430,5 +443,5 @@ def _stop(
     good = f"; the last good checkpoint is {checkpoints.last}" if checkpoints is not None and checkpoints.last else ""
     raise InputError(
         f"the loss is not finite at step {step} of {total} ({parts}){good}; "
-        f"lower the learning rate ({options.learning_rate:g}) with --lr"
+        f"lower the learning rate ({options.learning_rate:g}) with --lr, and drop this run with --overwrite"
     )
