@@ -25,8 +25,9 @@ from dk2pnet.pipelines.inputs import environment, pick_device
 RESULTS = Path(__file__).parent / "results"
 
 
-def command(out: Path, teacher: Path | None, epochs: int) -> list[str]:
-    options = ["--model", "vgg8", "--data", "digits", "--epochs", str(epochs), "--out", str(out), "--threads", "2"]
+def command(out: Path, teacher: Path | None, epochs: int, threads: int) -> list[str]:
+    options = ["--model", "vgg8", "--data", "digits", "--epochs", str(epochs), "--out", str(out)]
+    options += ["--threads", str(threads)]
     if teacher is not None:
         options += ["--teacher", str(teacher), "--lr", "0.02", "--checkpoint-every", "0.05"]
     return [sys.executable, "-m", "dk2pnet", "train", *options]
@@ -83,21 +84,22 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         teacher = root / "teacher"
-        finish(command(teacher, None, 3))
+        finish(command(teacher, None, 3, options.threads))
         start = time.perf_counter()
-        finish(command(root / "undisturbed", teacher, options.epochs))
+        finish(command(root / "undisturbed", teacher, options.epochs, options.threads))
         whole = time.perf_counter() - start
         wanted = digest(root / "undisturbed")
-        finish(command(root / "again", teacher, options.epochs))
+        finish(command(root / "again", teacher, options.epochs, options.threads))
         print(f"undisturbed: {whole:.0f} s, {wanted[:16]}; again: {digest(root / 'again')[:16]}", flush=True)
 
         out, kills = root / "killed", []
-        call = command(out, teacher, options.epochs)
+        call = command(out, teacher, options.epochs, options.threads)
         while len(kills) < options.kills and not out.exists():
             # From before the first step to well into the training; a start costs seconds.
             if kill_after(call, moments.uniform(0.3, 1.0) * whole / 3):
@@ -116,7 +118,8 @@ def main() -> None:
             "left_behind": sorted(path.name for path in root.iterdir()),
         }
         for damage in ("cut", "changed"):
-            said, found = damaged(command(root / damage, teacher, options.epochs), root / damage, damage, whole / 3)
+            call = command(root / damage, teacher, options.epochs, options.threads)
+            said, found = damaged(call, root / damage, damage, whole / 3)
             result[damage] = {"said": said, "weights": found}
             print(f"checkpoint {damage}: {said}; {found[:16]}", flush=True)
     result["identical"] = all(

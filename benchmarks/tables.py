@@ -166,6 +166,21 @@ def kills() -> str:
     return markdown_table(("what", "result"), rows)
 
 
+def scratch() -> str:
+    data = read("scratch")
+    threads = data["hardware"]["threads"]
+    rows = [
+        (row["model"], f"{row['epochs']}", f"{row['accuracy']:.2f}", f"{row['images_per_second']:.0f} ({threads})")
+        for row in data["rows"]
+    ]
+    return markdown_table(("network", "epochs", "accuracy %", "images/s (CPU threads)"), rows)
+
+
+def ema() -> str:
+    rows = [tuple(str(row[key]) if key == "epoch" else f"{row[key]:.2f}" for key in row) for row in read("ema")["rows"]]
+    return markdown_table(("epoch", "trained %", "average, decay 0.99", "average, decay 0.999"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "criteria-resnet32": criteria("resnet32"),
@@ -178,6 +193,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "processes": processes,
     "kills": kills,
+    "scratch": scratch,
+    "ema": ema,
 }
 
 

@@ -14,6 +14,7 @@ import random
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class Checkpoints:
             os.replace(temporary, path)
             _sync_folder(self.folder)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
             good = f"; the last good one is {self.last}" if self.last else ""
             raise InputError(
@@ -96,6 +98,8 @@ class Checkpoints:
             data = path.read_bytes()
             if hashlib.sha256(data).hexdigest()[:16] != _NAME.fullmatch(path.name)[2]:  # type: ignore[index]
                 _log.warning("checkpoint %s is damaged (its SHA-256 differs): not used, the one before it is", path)
+                with suppress(OSError):  # out of the way of new ones; another process may have done it
+                    os.replace(path, path.with_suffix(".damaged"))
                 continue
             header = json.loads(_metadata(data)["dk2pnet"])
             if header["format"] != _FORMAT:

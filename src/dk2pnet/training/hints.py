@@ -65,13 +65,17 @@ def find_hints(model: nn.Module, example: Tensor) -> list[str]:
     return [end.name for end in _stage_ends(model, example)]
 
 
-def find_pairs(student: nn.Module, teacher: nn.Module, example: Tensor) -> list[HintPair]:
+def find_pairs(student: nn.Module, teacher: nn.Module, example: Tensor, *, activations: bool = False) -> list[HintPair]:
     """A hint pair for each stage of the student, in the order in which the stages run.
 
     Stages of the same resolution belong together (in a converted network these are the same modules); what is left
-    over is matched by relative depth, never crossing another pair.
+    over is matched by relative depth, never crossing another pair. With `activations` a stage ends with its last
+    activation, for what is taken before it.
     """
-    hints, guided = _stage_ends(teacher, example), _stage_ends(student, example)
+    hints, guided = (
+        (activations and _stage_ends(model, example, _ACTIVATIONS)) or _stage_ends(model, example)
+        for model in (teacher, student)
+    )
     found: dict[int, int] = {}
     for number, end in enumerate(guided):
         same = [other for other, hint in enumerate(hints) if hint.size == end.size]
@@ -117,12 +121,20 @@ def tap_of(model: nn.Module, name: str, example: Tensor, *, before_activation: b
             f"hint layer {name!r} is not a module of the {whose}; expected one like {', '.join(_some(modules))}"
         )
     outputs: dict[str, object] = {}
+    # Both are looked at as soon as the module has run: what comes next may work in place.
+    activation: str | None = None
+    rectified = False
     with ExitStack() as stack:
         for other, module in modules.items():
             if other == name or isinstance(module, _ACTIVATIONS):
 
                 def hook(module: nn.Module, args: tuple, output: object, other: str = other) -> None:
+                    nonlocal activation, rectified
                     outputs[other] = output
+                    if other == name and isinstance(output, Tensor) and output.numel():
+                        ran = (each for each in outputs if isinstance(modules[each], _ACTIVATIONS))
+                        activation = next((each for each in ran if outputs[each] is output), None)
+                        rectified = bool(output.min() >= 0) and bool(output.max() > 0)
 
                 stack.callback(module.register_forward_hook(hook).remove)
         with evaluation(model):
@@ -134,10 +146,9 @@ def tap_of(model: nn.Module, name: str, example: Tensor, *, before_activation: b
     channels = output.shape[1]
     if not before_activation:
         return Tap(name), channels
-    for other in outputs:
-        if isinstance(modules[other], _ACTIVATIONS) and outputs[other] is output:
-            return Tap(other, before=True), channels
-    if output.min() >= 0 and output.max() > 0:
+    if activation is not None:
+        return Tap(activation, before=True), channels
+    if rectified:
         raise InputError(
             f"hint layer {name!r} of the {whose} ends in an activation that is not a module, and this method needs the "
             "values before it; use another --method (kp-channel), or give a --hint that is before an activation"
@@ -175,7 +186,8 @@ def _take_input(maps: dict[str, Tensor], key: str):  # noqa: ANN202
     return hook
 
 
-def _stage_ends(model: nn.Module, example: Tensor) -> list[_StageEnd]:
+def _stage_ends(model: nn.Module, example: Tensor, kinds: type | tuple[type, ...] = nn.Module) -> list[_StageEnd]:
+    """The last module of one of the `kinds` at every resolution above 1x1, in order."""
     last: dict[tuple[int, int], tuple[str, int]] = {}
     calls = 0
     with ExitStack() as stack:
@@ -186,7 +198,8 @@ def _stage_ends(model: nn.Module, example: Tensor) -> list[_StageEnd]:
             def hook(module: nn.Module, args: tuple, output: object, name: str = name) -> None:
                 nonlocal calls
                 calls += 1
-                if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
+                is_map = isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1
+                if is_map and isinstance(module, kinds):
                     last[(output.shape[2], output.shape[3])] = (name, calls)
 
             stack.callback(module.register_forward_hook(hook).remove)

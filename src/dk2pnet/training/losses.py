@@ -23,8 +23,16 @@ __all__ = [
     "kp_channel",
     "kp_position",
     "kp_unit",
+    "labels",
     "method_named",
 ]
+
+
+def labels(scores: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of class scores ``(B, classes)`` with labels ``(B,)``; `InputError` for one beyond the classes."""
+    if int(y.max()) >= scores.shape[1]:
+        raise InputError(f"the data has the label {int(y.max())}, but the network has {scores.shape[1]} classes")
+    return F.cross_entropy(scores.float(), y)
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dk2pnet.calibration.gather import inference_of
-from dk2pnet.errors import InputError
-from dk2pnet.measure import is_classifier, outputs_of
+from dk2pnet.measure import outputs_of
 from dk2pnet.training.hints import HintPair, Tap, capture, tap_of
-from dk2pnet.training.losses import Method
+from dk2pnet.training.losses import Method, labels
 
 __all__ = ["WithMaps", "fit_probes", "guided", "hinting", "taps_of"]
 
@@ -92,7 +91,12 @@ class _Probe(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores."""
-        return self.linear(self.norm(x.float().mean((2, 3))))[:, :, None, None]
+        x = x.float().mean((2, 3))
+        if self.training and len(x) == 1:  # no statistics of one image
+            x = F.batch_norm(x, self.norm.running_mean, self.norm.running_var)
+        else:
+            x = self.norm(x)
+        return self.linear(x)[:, :, None, None]
 
 
 def fit_probes(
@@ -113,10 +117,11 @@ def fit_probes(
             continue
         with torch.no_grad():
             outputs, maps = teacher(x.to(device))
-        if not is_classifier(outputs):
-            raise InputError("method 'kp-class' needs a classifier as teacher; use another --method")
-        target = outputs[0].float().softmax(1) if y is None else y.to(device)
-        losses = [F.cross_entropy(probe(each).flatten(1), target) for probe, each in zip(probes, maps, strict=True)]
+        scores = [probe(each).flatten(1) for probe, each in zip(probes, maps, strict=True)]
+        if y is None:
+            losses = [F.cross_entropy(each, outputs[0].float().softmax(1)) for each in scores]
+        else:
+            losses = [labels(each, y.to(device)) for each in scores]
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         optimizer.step()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dk2pnet.data import Batches
@@ -22,7 +21,7 @@ from dk2pnet.measure import evaluation, is_classifier, outputs_of, use_form
 from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state
 from dk2pnet.training.hints import find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
-from dk2pnet.training.losses import DEFAULT_METHOD, METHODS, Method, distillation, method_named
+from dk2pnet.training.losses import DEFAULT_METHOD, METHODS, Method, distillation, labels, method_named
 from dk2pnet.training.teaching import WithMaps, fit_probes, guided, hinting, taps_of
 
 __all__ = ["PRECISIONS", "TrainingOptions", "choose_precision", "train"]
@@ -115,7 +114,6 @@ def train(
     teacher: nn.Module | None = None,
     device: torch.device | str = "cpu",
     folder: Path | None = None,
-    identity: Mapping[str, Any] | None = None,
     validate: Callable[[], Mapping[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> dict[str, float]:
@@ -134,7 +132,6 @@ def train(
     folder : for ``checkpoints/``, ``log.jsonl`` and ``tensorboard/``. A run that was killed goes on from the newest
         good checkpoint there, and ends (one process, CPU, equal threads, not compiled) with the weights of one that was
         not. None: nothing is written
-    identity : what else the run depends on; a checkpoint of another is refused
     validate : called after every epoch, its figures go to the log
     progress : called after every step with (steps done, steps in all, mean loss terms of the epoch so far)
 
@@ -142,7 +139,7 @@ def train(
     ------
     InputError
         When labels are missing or do not fit, a hint layer cannot be used, a checkpoint belongs to another run, or the
-        loss is not finite: the step, the terms and the last good checkpoint are named.
+        loss or its gradient is not finite: the step, the terms and the last good checkpoint are named.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -162,10 +159,11 @@ def train(
         asked = {key: value for key, value in asdict(options).items() if key != "checkpoint_every"}
         asked["method"] = next(name for name, each in METHODS.items() if each is method)
         asked |= {"student": _digest(model), "teacher": _digest(teacher)}
-        asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world, **(identity or {})}
+        asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world}
         checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every)
 
     with ExitStack() as stack:
+        stack.enter_context(_modes(model))
         stack.enter_context(use_form(model, "folded"))
         stack.enter_context(_fast_layout(model))
         teaching = None
@@ -177,8 +175,8 @@ def train(
                 pairs = _pairs(model, teacher, method, options, example)
                 taps, hints = taps_of(model, teacher, pairs, method, example)
             teaching = stack.enter_context(hinting(teacher, hints))
-            with evaluation(teacher):
-                classes = outputs_of(teacher(example))[0].shape[1]
+            if method.regress == "probe":
+                classes = _classes(teacher, example)
         student = stack.enter_context(guided(model, taps, hints, method, classes))
         optimizer = _optimizer(student, options)
         state = checkpoints.load() if checkpoints is not None else None
@@ -204,14 +202,14 @@ def train(
         student.train()
         while step < total:
             epoch, first = divmod(step, steps_per_epoch)
-            # A data loader may draw its order from the global generators when its iteration begins.
             if state is not None:
-                set_random_state(state["epoch_random"])
+                # A data loader may draw the order of an epoch from the global generators when it begins.
+                set_random_state(state["epoch_random" if first else "random"])
             epoch_random = random_state()
-            batches = iter(_part(epoch_of(epoch), first, rank, world))
-            if state is not None:
+            batches = _from(epoch_of(epoch), first, rank, world)
+            if state is not None and first:
                 set_random_state(state["random"])
-                state = None
+            state = None
             if first == 0:
                 sums = {}
             for x, y in islice(batches, steps_per_epoch - first):
@@ -222,11 +220,13 @@ def train(
                 names = ["loss", *terms]
                 values = dict(zip(names, torch.stack([loss, *terms.values()]).detach().tolist(), strict=True))
                 if not math.isfinite(values["loss"]):
-                    _stop(step + 1, total, values, checkpoints, options)
+                    _stop("loss", step + 1, total, values, checkpoints, options)
                 accelerator.backward(loss)
                 if stage.hints_only:
                     _forget_zero_gradients(model)
-                accelerator.clip_grad_norm_(student.parameters(), _CLIP)
+                norm = accelerator.clip_grad_norm_(student.parameters(), _CLIP)
+                if not math.isfinite(norm):
+                    _stop("gradient", step + 1, total, values, checkpoints, options)
                 rate = options.learning_rate * _rate(step, stage, steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -272,14 +272,14 @@ def train(
 # -- data ---------------------------------------------------------------------------------------------------------
 
 
-def _part(batches: Iterable[_Batch], first: int, rank: int, world: int) -> Iterable[_Batch]:
+def _from(batches: Iterable[_Batch], first: int, rank: int, world: int) -> Iterator[_Batch]:
     """The batches from number `first` on; of each, the part of this process."""
     if isinstance(batches, Batches):
-        return batches.part(first, rank, world)
-    return (
-        (x[rank::world], None if y is None else y[rank::world]) if world > 1 else (x, y)
-        for x, y in islice(batches, first, None)
-    )
+        return iter(batches.part(first, rank, world))
+    rest = iter(batches)
+    for _ in range(first):
+        next(rest, None)
+    return ((x[rank::world], None if y is None else y[rank::world]) for x, y in rest)
 
 
 def _moved(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
@@ -294,6 +294,17 @@ def _digest(model: nn.Module | None) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _modes(model: nn.Module) -> Iterator[None]:
+    """Every module's mode, training or evaluation, is put back when the block ends."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager
@@ -320,7 +331,7 @@ def _method(name: str | None, teacher: nn.Module | None) -> Method:
 
 def _pairs(model: nn.Module, teacher: nn.Module, method: Method, options: TrainingOptions, example: Tensor) -> list:
     """The hint pairs of the run, told before it starts."""
-    pairs = parse_hints(options.hints) or find_pairs(model, teacher, example)
+    pairs = parse_hints(options.hints) or find_pairs(model, teacher, example, activations=method.before_activation)
     if not pairs:
         raise InputError(
             "no feature maps of teacher and student belong together, which hints need; "
@@ -330,6 +341,14 @@ def _pairs(model: nn.Module, teacher: nn.Module, method: Method, options: Traini
         pairs = pairs[len(pairs) // 2 : len(pairs) // 2 + 1]  # FitNets: the middle layer
     _log.info("hints (teacher = student): %s", ", ".join(f"{pair.teacher} = {pair.student}" for pair in pairs))
     return pairs
+
+
+def _classes(teacher: nn.Module, example: Tensor) -> int:
+    with evaluation(teacher):
+        outputs = outputs_of(teacher(example))
+    if not is_classifier(outputs):
+        raise InputError("method 'kp-class' needs a classifier as teacher; use another --method")
+    return outputs[0].shape[1]
 
 
 # -- the schedule -------------------------------------------------------------------------------------------------
@@ -423,9 +442,7 @@ def _labels_loss(outputs: list[Tensor], y: Tensor) -> Tensor:
         raise InputError(
             "training with labels needs a classifier (one row of class scores per image); give images without labels"
         )
-    if int(y.max()) >= outputs[0].shape[1]:
-        raise InputError(f"the data has the label {int(y.max())}, but the network has {outputs[0].shape[1]} classes")
-    return F.cross_entropy(outputs[0].float(), y)
+    return labels(outputs[0], y)
 
 
 def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Tensor:
@@ -437,11 +454,16 @@ def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Ten
 
 
 def _stop(
-    step: int, total: int, values: Mapping[str, float], checkpoints: Checkpoints | None, options: TrainingOptions
+    what: str,
+    step: int,
+    total: int,
+    values: Mapping[str, float],
+    checkpoints: Checkpoints | None,
+    options: TrainingOptions,
 ) -> None:
     parts = ", ".join(f"{name} {value:g}" for name, value in values.items() if name != "loss")
     good = f"; the last good checkpoint is {checkpoints.last}" if checkpoints is not None and checkpoints.last else ""
     raise InputError(
-        f"the loss is not finite at step {step} of {total} ({parts}){good}; "
+        f"the {what} is not finite at step {step} of {total} ({parts}){good}; "
         f"lower the learning rate ({options.learning_rate:g}) with --lr, and drop this run with --overwrite"
     )
