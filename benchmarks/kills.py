@@ -1,8 +1,8 @@
 """Kill a training run with SIGKILL at random moments, restart it each time, and compare with an undisturbed run.
 
-    python benchmarks/kills.py [--kills 20] [--epochs 60] [--seed 0]
+    python benchmarks/kills.py [--kills 20] [--epochs 30] [--seed 0]
 
-A VGG-8 student of another VGG-8 on scikit-learn's digits, KP + KD, a checkpoint every 0.05 s, so that many kills hit
+A VGG-8 student of another VGG-8 on scikit-learn's digits, KP + KD, a checkpoint every 0.05 s; every second kill comes
 while one is being written. Then the newest checkpoint of an interrupted run is cut short and another one's bytes are
 changed, and both runs have to end alike too. Writes benchmarks/results/kills.json.
 """
@@ -45,44 +45,57 @@ def digest(out: Path) -> str:
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 
 
-def kill_after(call: list[str], seconds: float) -> bool:
-    """Start and kill; whether it was still running."""
-    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        process.wait(seconds)
-        return False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
-
-
-def state(out: Path) -> tuple[int, bool]:
-    """The newest checkpoint's step, and whether one was being written."""
+def checkpoints(out: Path) -> list[Path]:
     folder = out.with_name(f"{out.name}.unfinished") / "checkpoints"
-    names = sorted(path.name for path in folder.glob("step-*.safetensors"))
-    return int(names[-1].split("-")[1]) if names else 0, any(folder.glob(".step-*.part"))
+    return sorted(folder.glob("step-*.safetensors"))
 
 
-def damaged(call: list[str], out: Path, damage: str, seconds: float) -> tuple[str, str]:
+def newest(out: Path) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    found = checkpoints(out)
+    return int(found[-1].name.split("-")[1]) if found else 0
+
+
+def kill_at(call: list[str], out: Path, step: int, delay: float | None) -> dict:
+    """Start; kill once a checkpoint of that step or a later one is there, `delay` seconds later or (None) as soon as the
+    next one is being written. What was there then."""
+    folder = out.with_name(f"{out.name}.unfinished") / "checkpoints"
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and newest(out) < step:
+        time.sleep(0.002)
+    if delay is not None:
+        time.sleep(delay)
+    else:
+        for left in folder.glob(".step-*.part"):  # by the kill before
+            left.unlink()
+        while process.poll() is None and not any(folder.glob(".step-*.part")):
+            pass
+    ended = process.poll() is not None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if ended:
+        raise SystemExit(f"the run ended before it could be killed at step {step}: {' '.join(call)}")
+    return {"step": newest(out), "while_writing": any(folder.glob(".step-*.part"))}
+
+
+def damaged(call: list[str], out: Path, damage: str) -> dict:
     """Kill once, damage the newest checkpoint, run to the end; what it said of the checkpoint, and the weights."""
-    while len(list((out.with_name(f"{out.name}.unfinished") / "checkpoints").glob("step-*.safetensors"))) < 2:
-        kill_after(call, seconds)
-    path = max((out.with_name(f"{out.name}.unfinished") / "checkpoints").glob("step-*.safetensors"))
+    kill_at(call, out, 100, 0.0)
+    path = checkpoints(out)[-1]
     data = bytearray(path.read_bytes())
     if damage == "cut":
         data = data[: len(data) // 2]
     else:
         data[-1000] ^= 1
     path.write_bytes(data)
-    said = finish(call)
-    return next(line for line in said.splitlines() if path.name in line).replace(str(out.parent), ""), digest(out)
+    said = next(line for line in finish(call).splitlines() if path.name in line)
+    return {"said": said.replace(f"{out.parent}/", ""), "weights": digest(out)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -91,37 +104,31 @@ def main() -> None:
         root = Path(folder)
         teacher = root / "teacher"
         finish(command(teacher, None, 3, options.threads))
-        start = time.perf_counter()
         finish(command(root / "undisturbed", teacher, options.epochs, options.threads))
-        whole = time.perf_counter() - start
         wanted = digest(root / "undisturbed")
         finish(command(root / "again", teacher, options.epochs, options.threads))
-        print(f"undisturbed: {whole:.0f} s, {wanted[:16]}; again: {digest(root / 'again')[:16]}", flush=True)
+        print(f"undisturbed: {wanted[:16]}; again: {digest(root / 'again')[:16]}", flush=True)
 
+        steps = json.loads((root / "undisturbed" / "log.jsonl").read_text().splitlines()[-1])["step"]
         out, kills = root / "killed", []
         call = command(out, teacher, options.epochs, options.threads)
-        while len(kills) < options.kills and not out.exists():
-            # From before the first step to well into the training; a start costs seconds.
-            if kill_after(call, moments.uniform(0.3, 1.0) * whole / 3):
-                step, writing = state(out)
-                kills.append({"step": step, "while_writing": writing})
-                print(
-                    f"kill {len(kills)}: newest checkpoint at step {step}{', writing one' if writing else ''}",
-                    flush=True,
-                )
-        finish(call) if not out.exists() else None
+        for step in sorted(moments.randrange(steps - 20) for _ in range(options.kills)):
+            # The first ones may come before any checkpoint, while the program starts.
+            kills.append(kill_at(call, out, step, None if len(kills) % 2 else moments.uniform(0, 0.2)))
+            writing = ", while writing one" if kills[-1]["while_writing"] else ""
+            print(f"kill {len(kills)}: newest checkpoint at step {kills[-1]['step']}{writing}", flush=True)
+        finish(call)
         result = {
+            "steps": steps,
             "kills": kills,
             "undisturbed": wanted,
             "again": digest(root / "again"),
             "killed": digest(out),
-            "left_behind": sorted(path.name for path in root.iterdir()),
         }
         for damage in ("cut", "changed"):
             call = command(root / damage, teacher, options.epochs, options.threads)
-            said, found = damaged(call, root / damage, damage, whole / 3)
-            result[damage] = {"said": said, "weights": found}
-            print(f"checkpoint {damage}: {said}; {found[:16]}", flush=True)
+            result[damage] = damaged(call, root / damage, damage)
+            print(f"checkpoint {damage}: {result[damage]}", flush=True)
     result["identical"] = all(
         each == wanted
         for each in (result["again"], result["killed"], result["cut"]["weights"], result["changed"]["weights"])

@@ -76,9 +76,9 @@ Method = Annotated[
         "kp-position, kp-unit, kp-class, euclidean or at (hints); or fitnets (two stages). labels: no teacher."
     ),
 ]
-Hint = Annotated[
+Hints = Annotated[
     list[str] | None,
-    typer.Option(help="TEACHER.LAYER=STUDENT.LAYER in place of the hint pairs that are found. Repeatable."),
+    typer.Option("--hint", help="TEACHER.LAYER=STUDENT.LAYER in place of the hint pairs that are found. Repeatable."),
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Train with torch.compile (needs a C++ compiler on a CPU).")]
 CheckpointEvery = Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")]
@@ -123,7 +123,7 @@ def compress(
     batch_size: BatchSize = 128,
     learning_rate: Annotated[float, typer.Option("--lr", help="Learning rate of the training.")] = 0.02,
     method: Method = None,
-    hint: Hint = None,
+    hints: Hints = None,
     precision: Precision = "auto",
     compile: Compile = False,
     checkpoint_every: CheckpointEvery = 60.0,
@@ -160,7 +160,7 @@ def compress(
             batch_size=batch_size,
             learning_rate=learning_rate,
             method=method,
-            hints=hint or [],
+            hints=hints or [],
             precision=precision,
             compile=compile,
             checkpoint_every=checkpoint_every,
@@ -200,11 +200,14 @@ def train(
     ] = None,
     teacher_weights: Annotated[str | None, typer.Option(help="Weights of the teacher, as --weights.")] = None,
     method: Method = None,
-    hint: Hint = None,
+    hints: Hints = None,
     alpha: Annotated[float, typer.Option(help="Weight of the softened logits; the labels have the rest.")] = 0.9,
     tau: Annotated[float, typer.Option(help="Temperature of the softened logits.")] = 4.0,
     beta: Annotated[float | None, typer.Option(help="Weight of each hint; each method has its own.")] = None,
     kp_tau: Annotated[float, typer.Option(help="Temperature of KP.")] = 1.0,
+    pre_regressor: Annotated[
+        bool, typer.Option("--pre-regressor", help="A pre-regressor at every hint, also where channels agree.")
+    ] = False,
     precision: Precision = "auto",
     compile: Compile = False,
     checkpoint_every: CheckpointEvery = 60.0,
@@ -229,11 +232,12 @@ def train(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         method=method,
-        hints=tuple(hint or ()),
+        hints=tuple(hints or ()),
         alpha=alpha,
         tau=tau,
         beta=beta,
         kp_tau=kp_tau,
+        pre_regressor=pre_regressor,
         precision=precision,
         compile=compile,
         seed=seed,

@@ -20,6 +20,7 @@ __all__ = [
     "divergence",
     "evaluation",
     "is_classifier",
+    "kept_modes",
     "macs",
     "outputs_of",
     "parameters",
@@ -57,16 +58,22 @@ def use_form(model: nn.Module, form: str) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block; every module's mode is put back afterwards."""
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Every module's mode, training or evaluation, is put back when the block ends."""
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block; every module's mode is put back afterwards."""
+    with kept_modes(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 class Predictions:

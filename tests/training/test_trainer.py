@@ -1,73 +1,34 @@
-"""The loop, its losses and its hints: what is computed, what is learned, and what is put back afterwards."""
+"""The loop: what is computed, what is learned, by every method, and what is put back afterwards."""
 
 import copy
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from toys import ONE, OPTIONS, accuracy_of, hooks_of, network, run, settings_of, student_of, toy
 
-from dk2pnet.convert import convert, find_convolutions
-from dk2pnet.decompose.solve import solve
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
-from dk2pnet.nets import lenet, resnet20
-from dk2pnet.plan import LayerPlan, Plan
-from dk2pnet.training.hints import capture, find_hints
-from dk2pnet.training.losses import distillation, kp_channel
-from dk2pnet.training.trainer import TrainingOptions, train
+from dk2pnet.nets import NETS
+from dk2pnet.training.hints import Tap, capture, find_hints, tap_of
+from dk2pnet.training.losses import METHODS, distillation, euclidean, method_named
+from dk2pnet.training.teaching import fit_probes, hinting
+from dk2pnet.training.trainer import TrainingOptions, choose_precision, train
 
-ONE = torch.zeros(1, 1, 8, 8)
-OPTIONS = TrainingOptions(epochs=2, batch_size=16, learning_rate=0.05)
-
-
-def toy(count=96, batch=16, seed=0, labels=True):
-    """Four classes of 8x8 images: which quarter is bright."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.arange(count) % 4
-    x = 0.3 * torch.randn(count, 1, 8, 8, generator=generator)
-    for number, label in enumerate(y.tolist()):
-        top, left = 4 * (label // 2), 4 * (label % 2)
-        x[number, 0, top : top + 4, left : left + 4] += 1
-    order = torch.randperm(count, generator=generator)
-    parts = zip(x[order].split(batch), y[order].split(batch), strict=True)
-    return [(a, b if labels else None) for a, b in parts]
+# Methods whose hints compare the maps as they are, with nothing trained between them.
+DIRECT = ["kp-channel", "kp-position", "kp-unit", "euclidean", "at"]
 
 
-def network(seed=0):
+def narrow(seed=1):
+    """A student whose channels are fewer than those of `network`."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(12 * 16, 4),
+        nn.Conv2d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 7, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(112, 4)
     )
-
-
-def run(model, data=None, options=OPTIONS, **more):
-    data = toy() if data is None else data
-    return train(model, lambda epoch: data, options, example=ONE, steps_per_epoch=len(data), **more)
-
-
-def student_of(teacher, kernels=2):
-    layers, factors = [], {}
-    for site in find_convolutions(teacher, ONE):
-        if not site.reason:
-            count = [kernels] * site.module.in_channels
-            factors[site.name] = solve(site.module.weight, count)
-            layers.append(LayerPlan(site.name, site.shape, counts=count))
-    return convert(teacher, Plan(layers=layers), factors)
-
-
-def accuracy_of(model, data):
-    model.eval()
-    with torch.no_grad():
-        return sum(int((model(x).argmax(1) == y).sum()) for x, y in data) / sum(len(x) for x, _ in data)
 
 
 @pytest.fixture(scope="module")
@@ -75,92 +36,6 @@ def trained():
     model = network()
     run(model)
     return model
-
-
-# -- losses ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tau", [1.0, 2.5])
-def test_kp_is_the_cross_entropy_over_channels(tau):
-    torch.manual_seed(0)
-    s, t = (torch.randn(2, 5, 3, 4, dtype=torch.float64).float() for _ in range(2))
-    total = 0.0
-    for image in range(2):
-        for row in range(3):
-            for column in range(4):
-                p = torch.exp(t[image, :, row, column] / tau)
-                q = torch.exp(s[image, :, row, column] / tau)
-                total -= float((p / p.sum() * torch.log(q / q.sum())).sum())
-    assert float(kp_channel(s, t, tau)) == pytest.approx(tau**2 * total / 24, rel=1e-5)
-
-
-@pytest.mark.parametrize("tau", [1.0, 2.5])
-def test_the_gradient_of_kp(tau):
-    torch.manual_seed(0)
-    s, t = torch.randn(2, 5, 3, 4, requires_grad=True), torch.randn(2, 5, 3, 4)
-    kp_channel(s, t, tau).backward()
-    wanted = tau * (F.softmax(s / tau, 1) - F.softmax(t / tau, 1)) / 24
-    torch.testing.assert_close(s.grad, wanted.detach())
-
-
-def test_kp_is_least_at_the_teacher_and_blind_to_an_offset_of_all_channels():
-    torch.manual_seed(0)
-    t = torch.randn(2, 5, 4, 4)
-    least = kp_channel(t, t)
-    p = F.softmax(t, 1)
-    torch.testing.assert_close(least, -(p * p.log()).sum(1).mean())
-    assert kp_channel(t + 0.3 * torch.randn_like(t), t) > least
-    torch.testing.assert_close(kp_channel(t + torch.randn(2, 1, 4, 4), t), least)
-
-
-def test_kp_brings_larger_maps_to_the_smaller_size():
-    torch.manual_seed(0)
-    s, t = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 4, 4)
-    torch.testing.assert_close(kp_channel(s, t), kp_channel(F.avg_pool2d(s, 2), t))
-    torch.testing.assert_close(kp_channel(t, s), kp_channel(t, F.avg_pool2d(s, 2)))
-
-
-@pytest.mark.parametrize("tau", [1.0, 4.0])
-def test_distillation_and_its_gradient(tau):
-    torch.manual_seed(0)
-    s, t = torch.randn(6, 10, requires_grad=True), torch.randn(6, 10)
-    p, q = F.softmax(t / tau, 1), F.softmax(s / tau, 1)
-    loss = distillation(s, t, tau)
-    torch.testing.assert_close(loss, tau**2 * (p * (p / q).log()).sum(1).mean())
-    loss.backward()
-    torch.testing.assert_close(s.grad, (tau * (q - p) / 6).detach())
-    assert float(distillation(t, t, tau)) == pytest.approx(0, abs=1e-6)
-
-
-# -- hints -------------------------------------------------------------------------------------------------------------
-
-
-def test_hints_are_the_ends_of_the_stages():
-    assert find_hints(resnet20(), torch.zeros(1, 3, 32, 32)) == ["layer1", "layer2", "layer3"]
-    names = find_hints(lenet(1), ONE)
-    assert names == ["features.1", "features.4", "features.7"]
-
-
-def test_hints_leave_the_network_alone():
-    model = resnet20().train()
-    before = copy.deepcopy(model.state_dict())
-    find_hints(model, torch.zeros(1, 3, 32, 32))
-    assert all(module.training and not module._forward_hooks for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_capture_holds_the_latest_outputs_and_goes_away():
-    model = network().eval()
-    x = toy()[0][0]
-    with capture(model, ["2", "5"]) as maps:
-        model(torch.zeros_like(x))
-        model(x)
-        assert torch.equal(maps["2"], model[:3](x))
-        assert torch.equal(maps["5"], model[:6](x))
-    assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(KeyError), capture(model, ["2", "none"]):
-        pass
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------------
@@ -171,15 +46,14 @@ def test_training_learns():
     last = run(model, progress=lambda step, total, terms: losses.append((step, total, terms["loss"])))
     assert [step for step, _, _ in losses] == list(range(1, 13))
     assert {total for _, total, _ in losses} == {12}
-    assert last["loss"] == pytest.approx(sum(loss for _, _, loss in losses[6:]) / 6)
-    assert last["loss"] == last["labels"] < 0.5 * losses[0][2]
+    assert last["loss"] == losses[-1][2] == last["labels"] < 0.5 * losses[0][2]
     assert accuracy_of(model, toy(seed=9)) > 0.9
     assert not any(module.training for module in model.modules())
 
 
 def test_the_first_step_is_nesterov_with_decay_of_weights_only():
     """One step of one batch, worked out: the learning rate, no momentum yet, gradients far below the clipping."""
-    options = TrainingOptions(epochs=1, learning_rate=0.1, weight_decay=0.01)
+    options = TrainingOptions(epochs=1, learning_rate=0.1, weight_decay=0.01, precision="fp32")
     model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), toy()[0]
     weight, bias = (parameter.detach().clone() for parameter in model.parameters())
     grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
@@ -201,55 +75,222 @@ def test_a_student_comes_closer_to_its_teacher(trained, labels):
     before = distance()
     terms = run(student, data, teacher=trained)
     assert distance() < 0.5 * before
-    assert terms.keys() == {"loss", "kd", "kp"} | ({"labels"} if labels else set())
+    assert terms.keys() == {"loss", "kd", "hints"} | ({"labels"} if labels else set())
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(trained):
-    options = TrainingOptions(epochs=1, learning_rate=0.01, alpha=0.7, beta=0.3, tau=3.0, kp_tau=2.0)
-    student = student_of(trained)
+@pytest.mark.parametrize("method", DIRECT)
+@pytest.mark.parametrize("beta", [0.3, None])
+def test_the_loss_is_the_weighted_sum_of_its_terms(trained, method, beta):
+    options = replace(OPTIONS, epochs=1, method=method, alpha=0.7, beta=beta, tau=3.0, kp_tau=2.0)
+    student, way = student_of(trained), method_named(method)
     again, (x, y) = copy.deepcopy(student).train(), toy()[0]
     seen = []
     run(student, [(x, y)], options, teacher=trained, progress=lambda step, total, terms: seen.append(terms))
     trained.eval()
-    with torch.no_grad():
-        names = find_hints(trained, ONE)
-        with capture(again, names) as mine, capture(trained, names) as wanted:
-            got, target = again(x), trained(x)
-            kp = sum(float(kp_channel(mine[name], wanted[name], 2.0)) for name in names)
-        kd, labels = float(distillation(got, target, 3.0)), float(F.cross_entropy(got, y))
+    names = find_hints(trained, ONE)
     assert len(names) == 2
+    taps = [tap_of(trained, name, x[:1], before_activation=way.before_activation, whose="teacher")[0] for name in names]
+    with torch.no_grad(), capture(again, taps) as mine, capture(trained, taps) as wanted:
+        got, target = again(x), trained(x)
+        hints = sum(float(way.hint(mine[tap.key], wanted[tap.key], 2.0)) for tap in taps)
+    kd, labels = float(distillation(got, target, 3.0)), float(F.cross_entropy(got, y))
     terms = seen[0]
-    assert terms["kp"] == pytest.approx(kp, rel=1e-4)
+    assert terms["hints"] == pytest.approx(hints, rel=1e-4)
     assert terms["kd"] == pytest.approx(kd, rel=1e-4)
     assert terms["labels"] == pytest.approx(labels, rel=1e-4)
-    assert terms["loss"] == pytest.approx(0.3 * labels + 0.7 * kd + 0.3 * kp, rel=1e-4)
+    weight = way.beta if beta is None else beta
+    assert terms["loss"] == pytest.approx(0.3 * labels + 0.7 * kd + weight * hints, rel=1e-4)
 
 
-def test_modes_forms_hooks_and_the_teacher_are_put_back(trained):
+def test_progress_gets_the_means_of_the_epoch_so_far():
+    """Of data that is the same in every step, with a learning rate that changes next to nothing, all means are alike;
+    of two kinds of batches in turn they go back and forth."""
+    (x, y), seen = toy()[0], []
+    data = [(x, y), (x, (y + 1) % 4)] * 3
+    model = network().eval()
+    run(model, data, replace(OPTIONS, learning_rate=1e-12), progress=lambda step, total, terms: seen.append(terms))
+    losses = [F.cross_entropy(network().train()(a), b).item() for a, b in data[:2]]
+    for start in (0, 6):
+        for number in range(6):
+            done = number + 1
+            wanted = (losses[0] * math.ceil(done / 2) + losses[1] * (done // 2)) / done
+            assert seen[start + number]["loss"] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", [lambda teacher: student_of(teacher, 1), lambda teacher: narrow()])
+def test_every_method_teaches(trained, method, make):
+    """A converted student, and one with other channels, which needs regressors between the maps."""
+    student = make(trained)
+    names = list(student.state_dict())
+    terms = []
+    options = replace(OPTIONS, epochs=4, method=method)
+    run(student, options=options, teacher=trained, progress=lambda step, total, values: terms.append(values))
+    assert accuracy_of(student, toy(seed=9)) > 0.9
+    assert list(student.state_dict()) == names
+    assert hooks_of(student) == hooks_of(trained) == 0
+    wanted = {"loss", "labels"} | ({"kd"} if METHODS[method].teacher else set())
+    if METHODS[method].hint is not None and not METHODS[method].two_stage:
+        wanted.add("hints")
+        assert terms[-1]["hints"] < terms[5]["hints"]  # means of the last epoch and of the first
+    assert terms[-1].keys() == wanted
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg8", "lenet"])
+@pytest.mark.parametrize("method", ["kp-channel", "kp-unit", "at"])
+def test_hints_are_found_in_every_network_of_ours(name, method):
+    torch.manual_seed(0)
+    teacher, student, x = NETS[name](), NETS[name](), torch.randn(2, 3, 32, 32)
+    options = replace(OPTIONS, epochs=1, learning_rate=1e-6, method=method)
+    terms = train(student, lambda epoch: [(x, None)], options, example=x[:1], steps_per_epoch=1, teacher=teacher)
+    assert terms["hints"] > 0
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.hint is not None])
+def test_hints_alone_reach_the_layers_below_them(trained, method):
+    """Without labels, and with the teacher's answers weighing next to nothing against them."""
+    student = student_of(trained, 1)
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    options = replace(OPTIONS, method=method, beta=1e6, epochs=2, hints=("2",))
+    run(student, toy(labels=False)[:1], options, teacher=trained)
+    assert not torch.equal(student[0].weight, before["0.weight"])
+
+
+# -- probes and regressors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_probes_learn_to_classify_from_maps(trained, labels):
+    trained.eval()
+    torch.manual_seed(0)
+    taps = [(Tap("2"), 8), (Tap("5"), 12)]
+    with hinting(trained, taps) as teacher:
+        fit_probes(teacher, [8, 12], 4, [batch for seed in range(8) for batch in toy(seed=seed, labels=labels)])
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
+        assert not any(module.training for module in teacher.modules())
+        right = torch.zeros(2)
+        for x, y in toy(seed=9):
+            _, scores = teacher(x)
+            assert [score.shape for score in scores] == [(len(x), 4, 1, 1)] * 2
+            right += torch.stack([(score.flatten(1).argmax(1) == y).sum() for score in scores])
+    assert float(right[1]) / 96 > 0.5  # means over positions tell little of where the image is bright
+    assert hooks_of(trained) == 0
+
+
+def test_regressors_begin_as_the_identity_where_channels_agree(trained):
+    """The first hint loss of FitNets is that of the maps themselves."""
+    student, seen = student_of(trained, 1), []
+    again, (x, y) = copy.deepcopy(student).train(), toy()[0]
+    options = replace(OPTIONS, method="fitnets", hints=("2",), learning_rate=1e-12)
+    run(student, [(x, y)], options, teacher=trained, progress=lambda step, total, terms: seen.append(terms))
+    trained.eval()
+    with torch.no_grad():
+        wanted = float(euclidean(again[:3](x), trained[:3](x)))
+    assert seen[0]["hints"] == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+    assert seen[0]["loss"] == pytest.approx(10 * wanted, rel=1e-4, abs=1e-9)
+
+
+def test_a_last_batch_of_one_image_is_no_obstacle(trained):
+    for method in METHODS:
+        run(student_of(trained), toy(33), replace(OPTIONS, method=method), teacher=trained)
+
+
+# -- two stages --------------------------------------------------------------------------------------------------------
+
+
+def test_in_stage_one_of_fitnets_only_layers_up_to_the_hint_change(trained):
+    """The others stay bit for bit, whatever the weight decay; in stage two all change."""
+    student = student_of(trained, 1)
+    options = replace(OPTIONS, epochs=4, method="fitnets", hints=("2",), weight_decay=0.1)
+    states, terms = [], []
+
+    def progress(step, total, values):
+        states.append({name: value.detach().clone() for name, value in student.named_parameters()})
+        terms.append(values.keys())
+
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    run(student, options=options, teacher=trained, progress=progress)
+    assert terms == [{"loss", "hints"}] * 6 + [{"loss", "labels", "kd"}] * 18
+    for name, value in before.items():
+        below = name.startswith(("0.", "1."))
+        for state in states[:5]:
+            assert torch.equal(state[name], value) != below, name
+        assert torch.equal(states[5][name], value) != below, name
+        assert not torch.equal(states[-1][name], states[5][name]), name
+    assert {"3.kernels", "3.combination", "7.weight"} <= before.keys()
+
+
+def test_fitnets_takes_the_middle_hint_and_a_quarter_of_the_epochs(trained, caplog):
+    seen = []
+    options = replace(OPTIONS, epochs=8, method="fitnets")
+    with caplog.at_level("INFO", "dk2pnet.training.trainer"):
+        run(student_of(trained), toy()[:1], options, teacher=trained, progress=lambda *each: seen.append(each[2]))
+    assert ["hints" in terms for terms in seen] == [True] * 2 + [False] * 6
+    assert "hints (teacher = student): 5 = 5" in caplog.text
+
+
+def test_fitnets_in_one_epoch_is_refused(trained):
+    with pytest.raises(InputError, match="--epochs 2"):
+        run(student_of(trained), options=replace(OPTIONS, epochs=1, method="fitnets"), teacher=trained)
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["kp-channel", "kp-unit"])
+def test_compiled_training_gives_the_losses_of_eager_training(trained, monkeypatch, method):
+    """The graph that Dynamo traces, hooks and all, run as it is: no compiler is needed, and no part falls out of it."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options, losses = replace(OPTIONS, epochs=1, method=method), {}
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    for compiled in (False, True):
+        seen = losses[compiled] = []
+        student = student_of(trained, 1)
+        given = replace(options, compile=compiled)
+        run(student, options=given, teacher=trained, progress=lambda *each, seen=seen: seen.append(each[2]["hints"]))
+        assert bool(graphs) == compiled
+        assert hooks_of(student) == hooks_of(trained) == 0
+    torch._dynamo.reset()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert losses[True][-1] < losses[True][0]
+
+
+# -- what is put back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_modes_forms_hooks_and_the_teacher_are_put_back(trained, method):
     teacher = copy.deepcopy(trained)
     teacher[1].train()
     teacher[0].weight.requires_grad_(False)
-    before = copy.deepcopy(teacher.state_dict())
-    modes = [module.training for module in teacher.modules()]
-    flags = [parameter.requires_grad for parameter in teacher.parameters()]
+    before, settings = copy.deepcopy(teacher.state_dict()), settings_of(teacher)
     student = student_of(trained)
     layers = [module for module in student.modules() if isinstance(module, DKConv2d)]
     assert layers
     for layer in layers:
         layer.form = "concat"
-    folded = []
-    handle = student[0].register_forward_hook(lambda *_: folded.append([layer.form for layer in layers]))
-    run(student, teacher=teacher)
+    student[0].bias.requires_grad_(False)
+    flags, bias = settings_of(student)["flags"], student[0].bias.clone()
+    seen = []
+    handle = student[0].register_forward_hook(
+        lambda *_: seen.append((torch.is_grad_enabled(), student.training, {layer.form for layer in layers}))
+    )
+    run(student, toy()[:2], options=replace(OPTIONS, method=method), teacher=teacher)
     handle.remove()
-    assert {form for forms in folded for form in forms} == {"folded"}
+    assert {tuple(forms) for training, mode, forms in seen if training and mode} == {("folded",)}
     assert all(layer.form == "concat" for layer in layers)
     assert not any(module.training for module in student.modules())
+    assert settings_of(student)["flags"] == flags
+    assert torch.equal(student[0].bias, bias)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert [module.training for module in teacher.modules()] == modes
-    assert [parameter.requires_grad for parameter in teacher.parameters()] == flags
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-    for model in (student, teacher):
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert settings_of(teacher) == settings
+    assert hooks_of(student) == 0
 
 
 def test_a_loss_that_is_not_finite_is_refused_and_all_is_put_back(trained):
@@ -260,14 +301,43 @@ def test_a_loss_that_is_not_finite_is_refused_and_all_is_put_back(trained):
         run(student, spoilt, teacher=teacher)
     assert all(module.form != "folded" for module in student.modules() if isinstance(module, DKConv2d))
     assert all(torch.isfinite(parameter).all() for parameter in student.parameters())
-    for model in (student, teacher):
-        assert not any(module._forward_hooks for module in model.modules())
+    assert hooks_of(student) == hooks_of(teacher) == 0
     assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+class Infinite(torch.autograd.Function):
+    """The identity, whose gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_gradient_that_is_not_finite_is_refused_before_it_spoils_the_weights(step):
+    """The loss alone does not show it, least of all at the last step."""
+
+    class Spoiling(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return Infinite.apply(x) if self.training and self.calls == step else x
+
+    model = network()
+    model.insert(6, Spoiling())
+    with pytest.raises(InputError, match=f"not finite at step {step} of 6"):
+        run(model, options=replace(OPTIONS, epochs=1))
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 def test_a_learning_rate_too_high_is_refused():
     with pytest.raises(InputError, match="not finite at step"):
-        run(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), options=TrainingOptions(epochs=9, learning_rate=1e30))
+        run(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), options=replace(OPTIONS, epochs=9, learning_rate=1e30))
 
 
 def test_the_same_seed_gives_the_same_weights():
@@ -276,7 +346,7 @@ def test_the_same_seed_gives_the_same_weights():
         torch.manual_seed(7)
         nn.init.normal_(model[2].weight)
         torch.rand(seed + 1)  # the state of the generator before does not matter
-        run(model, options=TrainingOptions(epochs=1, learning_rate=0.05, seed=seed))
+        run(model, options=replace(OPTIONS, epochs=1, seed=seed))
         return [parameter.detach() for parameter in model.parameters()]
 
     first, second, other = weights(0), weights(0), weights(1)
@@ -286,12 +356,31 @@ def test_the_same_seed_gives_the_same_weights():
 
 def test_precisions_can_change_within_a_process():
     accuracies = []
-    for precision in ("fp32", "bf16", "fp32"):
-        model = network()
-        run(model, options=TrainingOptions(epochs=2, learning_rate=0.05, precision=precision))
+    chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    chosen["auto"] = chosen[choose_precision(torch.device("cpu"))]
+    for precision in ("fp32", "bf16", "fp32", "auto"):
+        model, types = network(), set()
+        handle = model[3].register_forward_hook(lambda module, args, y, types=types: types.add(y.dtype))
+        run(model, options=replace(OPTIONS, precision=precision))
+        handle.remove()
+        assert types == {chosen[precision]}
         accuracies.append(accuracy_of(model, toy(seed=9)))
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert min(accuracies) > 0.9
+
+
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("avx512", [True, False])
+def test_the_precision_of_choice_is_what_the_device_is_fast_in(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert choose_precision(torch.device("cpu")) == ("bf16" if amx or avx512 else "fp32")
+
+
+def test_the_precision_of_choice_where_pytorch_cannot_tell(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert choose_precision(torch.device("cpu")) == "fp32"
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -302,7 +391,7 @@ def test_every_epoch_asks_for_its_own_images(epochs):
         asked.append(epoch)
         return toy()
 
-    train(network(), epoch_of, TrainingOptions(epochs=epochs, learning_rate=0.01), example=ONE, steps_per_epoch=6)
+    train(network(), epoch_of, replace(OPTIONS, epochs=epochs), example=ONE, steps_per_epoch=6)
     assert asked == list(range(epochs))
 
 
@@ -313,6 +402,39 @@ def test_unsuitable_data_is_refused(trained):
         run(network(), [(x, y * 3) for x, y in toy()])
     with pytest.raises(InputError, match="needs a classifier"):
         run(nn.Sequential(nn.Conv2d(1, 4, 3)), toy())
+    teacher = nn.Sequential(nn.Conv2d(1, 4, 3)).eval()
+    with pytest.raises(InputError, match="needs a classifier"):
+        run(student_of(teacher), toy(labels=False), replace(OPTIONS, method="kp-class"), teacher=teacher)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_beyond_the_classes_are_refused_by_every_method(trained, method):
+    with pytest.raises(InputError, match="label 9.*4 classes"):
+        run(student_of(trained), [(x, y * 3) for x, y in toy()], replace(OPTIONS, method=method), teacher=trained)
+
+
+def test_hints_that_cannot_be_used_are_refused(trained):
+    student = student_of(trained)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(InputError, match="'9' is not a module of the teacher"):
+        run(student, options=replace(OPTIONS, hints=("9=2",)), teacher=trained)
+    with pytest.raises(InputError, match="'7' of the student gives"):
+        run(student, options=replace(OPTIONS, hints=("5=7",)), teacher=trained)
+    with pytest.raises(InputError, match="no feature maps.*--hint.*--method kd"):
+        run(flat, teacher=trained)
+    run(flat, toy()[:1], replace(OPTIONS, method="kd"), teacher=trained)
+
+
+def test_without_a_method_a_teacher_teaches_by_knowledge_pre_regression(trained):
+    assert OPTIONS.method is None
+    assert run(student_of(trained), teacher=trained).keys() == {"loss", "labels", "kd", "hints"}
+    assert run(network()).keys() == {"loss", "labels"}
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.teacher])
+def test_methods_with_a_teacher_are_refused_without(method):
+    with pytest.raises(InputError, match=f"'{method}' needs a teacher"):
+        run(network(), options=replace(OPTIONS, method=method))
 
 
 @pytest.mark.parametrize(
@@ -329,6 +451,8 @@ def test_unsuitable_data_is_refused(trained):
         {"kp_tau": 0.0},
         {"precision": "fp16"},
         {"weight_decay": -1.0},
+        {"method": "kp"},
+        {"hints": ("layer1=",)},
     ],
 )
 def test_options_check_themselves(bad):
@@ -347,3 +471,19 @@ def test_a_network_of_feature_maps_is_tuned_without_labels():
         x = toy()[0][0]
         error = (student(x) - teacher(x)).square().sum() / teacher(x).square().sum()
     assert float(error) == pytest.approx(terms[-1]["kd"], rel=0.5)
+
+
+def test_a_network_of_one_number_per_image_is_tuned_without_labels():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 1, 6), nn.Flatten(0)).eval()
+    student = student_of(teacher, 1)
+    assert teacher(toy()[0][0]).shape == (16,)
+    terms = []
+    run(
+        student,
+        toy(labels=False),
+        replace(OPTIONS, method="kd"),
+        teacher=teacher,
+        progress=lambda step, total, values: terms.append(values),
+    )
+    assert terms[-1]["kd"] < terms[5]["kd"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
+from dk2pnet.measure import kept_modes
 
 __all__ = ["gather_moments", "inference_of", "input_patches", "sampled_outputs"]
 
@@ -69,18 +70,16 @@ def gather_moments(
 @contextmanager
 def inference_of(model: nn.Module) -> Iterator[nn.Module]:
     """Evaluation mode without parameter gradients inside the block; every mode and flag is put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval()
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    with kept_modes(model):
+        try:
+            model.eval()
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            yield model
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 def input_patches(conv: nn.Conv2d, x: Tensor, index: int | np.ndarray = 0, positions: int = 0, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from dk2pnet.data import Batches
 from dk2pnet.errors import InputError
-from dk2pnet.measure import evaluation, is_classifier, outputs_of, use_form
+from dk2pnet.measure import evaluation, is_classifier, kept_modes, outputs_of, use_form
 from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state
 from dk2pnet.training.hints import find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
-from dk2pnet.training.losses import DEFAULT_METHOD, METHODS, Method, distillation, labels, method_named
+from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, labels, method_named
 from dk2pnet.training.teaching import WithMaps, fit_probes, guided, hinting, taps_of
 
 __all__ = ["PRECISIONS", "TrainingOptions", "choose_precision", "train"]
@@ -40,11 +40,11 @@ class TrainingOptions:
     """How to train. Defaults suit training from scratch; `pipelines.compress` lowers the learning rate.
 
     ``batch_size``: images per step, all processes together; ``method``: one of `losses.METHODS`, None for KP with a
-    teacher and ``labels`` without;
-    ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of those found; ``alpha``, ``tau``: weight and
-    temperature of distillation against the labels' cross-entropy; ``beta``, ``kp_tau``: weight of each hint (None: the
-    method's own) and its temperature; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`);
-    ``compile``: by `torch.compile`; ``checkpoint_every``: seconds.
+    teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of those found;
+    ``alpha``, ``tau``: weight and temperature of distillation against the labels' cross-entropy; ``beta``, ``kp_tau``:
+    weight of each hint (None: the method's own) and its temperature; ``pre_regressor``: one at every hint, also where
+    channels agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
+    `torch.compile`; ``checkpoint_every``: seconds.
     """
 
     epochs: int = 20
@@ -57,6 +57,7 @@ class TrainingOptions:
     tau: float = 4.0
     beta: float | None = None
     kp_tau: float = 1.0
+    pre_regressor: bool = False
     precision: str = "auto"
     compile: bool = False
     seed: int = 0
@@ -89,11 +90,12 @@ class TrainingOptions:
 
 
 def choose_precision(device: torch.device) -> str:
-    """``bf16`` where the device has units for it (GPUs that support it, CPUs with AMX), else ``fp32``."""
+    """``bf16`` where the device has units for it (GPUs that support it, CPUs with AMX or AVX512-BF16), else ``fp32``."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if device.type == "cpu" and has_amx() else "fp32"
+    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    has_units = any(getattr(torch.cpu, name, bool)() for name in units)  # older versions of PyTorch lack some
+    return "bf16" if device.type == "cpu" and has_units else "fp32"
 
 
 class _Stage(NamedTuple):
@@ -145,7 +147,7 @@ def train(
     from accelerate.utils import set_seed
 
     set_seed(options.seed)
-    method = _method(options.method, teacher)
+    name, method = _method(options, teacher)
     # Precision by autocast rather than by the accelerator, which fixes it once for the whole process.
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -157,13 +159,12 @@ def train(
     checkpoints = None
     if folder is not None:
         asked = {key: value for key, value in asdict(options).items() if key != "checkpoint_every"}
-        asked["method"] = next(name for name, each in METHODS.items() if each is method)
-        asked |= {"student": _digest(model), "teacher": _digest(teacher)}
+        asked |= {"method": name, "student": _digest(model), "teacher": _digest(teacher)}
         asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world}
         checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every)
 
     with ExitStack() as stack:
-        stack.enter_context(_modes(model))
+        stack.enter_context(kept_modes(model))
         stack.enter_context(use_form(model, "folded"))
         stack.enter_context(_fast_layout(model))
         teaching = None
@@ -297,17 +298,6 @@ def _digest(model: nn.Module | None) -> str:
 
 
 @contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
-    """Every module's mode, training or evaluation, is put back when the block ends."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def _fast_layout(model: nn.Module) -> Iterator[None]:
     """Weights in the layout that convolutions run faster in, inside the block; then as is usual."""
     model.to(memory_format=_LAYOUT)
@@ -317,13 +307,15 @@ def _fast_layout(model: nn.Module) -> Iterator[None]:
         model.to(memory_format=torch.contiguous_format)
 
 
-def _method(name: str | None, teacher: nn.Module | None) -> Method:
-    if name is None:
-        return METHODS[DEFAULT_METHOD if teacher is not None else "labels"]
+def _method(options: TrainingOptions, teacher: nn.Module | None) -> tuple[str, Method]:
+    """The method by its name; KP, or labels without a teacher, where none was asked for."""
+    name = options.method or (DEFAULT_METHOD if teacher is not None else "labels")
     method = method_named(name)
     if method.teacher and teacher is None:
         raise InputError(f"method {name!r} needs a teacher; give one with --teacher, or use --method labels")
-    return method
+    if options.pre_regressor and method.regress == "where channels differ":
+        method = replace(method, regress="always")
+    return name, method
 
 
 # -- hints --------------------------------------------------------------------------------------------------------
