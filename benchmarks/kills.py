@@ -57,8 +57,10 @@ def newest(out: Path) -> int:
 
 
 def kill_at(call: list[str], out: Path, step: int, delay: float | None) -> dict:
-    """Start; kill once a checkpoint of that step or a later one is there, `delay` seconds later or (None) as soon as the
-    next one is being written. What was there then."""
+    """Start; kill once a checkpoint of that step or a later one is there; what was there then.
+
+    `delay` seconds later, or (None) as soon as the next one is being written.
+    """
     folder = out.with_name(f"{out.name}.unfinished") / "checkpoints"
     process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and newest(out) < step:

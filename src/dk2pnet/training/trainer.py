@@ -90,7 +90,7 @@ class TrainingOptions:
 
 
 def choose_precision(device: torch.device) -> str:
-    """``bf16`` where the device has units for it (GPUs that support it, CPUs with AMX or AVX512-BF16), else ``fp32``."""
+    """``bf16`` where the device has units for it (such a GPU, AMX or AVX512-BF16 on a CPU), else ``fp32``."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
