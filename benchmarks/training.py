@@ -5,7 +5,7 @@
 
 Every student is one `dk2pnet compress --criterion loss --epochs 0`, every run one `dk2pnet train` with it, in FOLDER.
 What is there already is not made again, and a killed run goes on where it was: repeat the command. Writes the runs of
-FOLDER, also those that still train, to benchmarks/results/training-MODEL.json.
+FOLDER, also those that are not finished, to benchmarks/results/training-MODEL.json.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def minutes(log: list[dict]) -> float:
+    """How long the steps took that are in the log."""
+    seconds, before = 0.0, 0
+    for line in log:
+        seconds += (line["step"] - before) * TrainingOptions.batch_size / line["images_per_second"]
+        before = line["step"]
+    return seconds / 60
+
+
 def collect(runs: Path, model: str) -> dict:
     """A row for every run in the folder, from the files that the commands wrote."""
     rows = []
@@ -45,14 +54,22 @@ def collect(runs: Path, model: str) -> dict:
             "closed_form": closed["student"]["accuracy"],
             "epochs_done": sum("validation_accuracy" in line for line in log),
         }
-        speeds = [line["images_per_second"] for line in log if "images_per_second" in line]
+        speeds = [line["images_per_second"] for line in log]
         row["images_per_second"] = statistics.median(speeds) if speeds else None
+        row["minutes"] = minutes(log)
         if out.exists():
             metrics = json.loads((out / "metrics.json").read_text())
             row |= {key: metrics["network"][key] for key in ("accuracy", "validation_accuracy")}
             row |= {"versions": metrics["run"]["versions"], "hardware": metrics["run"]["hardware"]}
         rows.append(row)
     return {"model": model, "rows": rows}
+
+
+def record(runs: Path, model: str) -> None:
+    """Write the rows of this model."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"training-{model}.json"
+    path.write_text(json.dumps(collect(runs, model), indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -71,7 +88,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    RESULTS.mkdir(exist_ok=True)
     where = {"normalize": options.normalize, "data_dir": options.data_dir}
     for budget in options.budgets:
         student = options.runs / f"{options.model}-{budget}"
@@ -98,8 +114,7 @@ def main() -> None:
                 )
             accuracy = json.loads((out / "metrics.json").read_text())["network"]["accuracy"]
             print(f"{out.name}: {accuracy:.2f} %", flush=True)
-    path = RESULTS / f"training-{options.model}.json"
-    path.write_text(json.dumps(collect(options.runs, options.model), indent=1) + "\n", encoding="utf-8")
+            record(options.runs, options.model)
 
 
 if __name__ == "__main__":

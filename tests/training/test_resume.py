@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import time
 from dataclasses import replace
 from functools import cache, cached_property
 
@@ -22,6 +23,7 @@ from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.nets import lenet
 from dk2pnet.training import trainer
+from dk2pnet.training.log import TrainingLog
 from dk2pnet.training.losses import METHODS
 from dk2pnet.training.trainer import TrainingOptions, choose_precision, train
 
@@ -408,6 +410,24 @@ def test_every_line_of_the_log_is_there_once(tmp_path, monkeypatch, damaged):
     for line in wanted + found:
         assert line.pop("images_per_second") > 0
     assert found == wanted
+
+
+def test_the_speed_in_the_log_is_that_of_the_steps_without_validation(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def validate():
+        now[0] += 1000.0
+        return {}
+
+    log = TrainingLog(tmp_path)
+    for _ in range(2):
+        for _ in range(4):
+            now[0] += 0.5
+            log.add({"loss": 1.0}, 8)
+        log.write(4, 1, 0.1, validate())
+    log.close()
+    assert [line["images_per_second"] for line in lines(tmp_path)] == [16.0, 16.0]
 
 
 def test_lines_hold_the_means_since_the_line_before(tmp_path, monkeypatch):

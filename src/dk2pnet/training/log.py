@@ -22,7 +22,7 @@ class TrainingLog:
         self._file = self._board = None
         self._sums: dict[str, float] = {}
         self._steps = self._images = 0
-        self._time = time.perf_counter()
+        self._time = self._last = time.perf_counter()
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,10 +42,11 @@ class TrainingLog:
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1
         self._images += images
+        self._last = time.perf_counter()  # what comes before the line is written, such as a validation, is not training
 
     def write(self, step: int, epoch: int, rate: float, more: Mapping[str, float] | None = None) -> None:
         """A line with the means since the line before."""
-        seconds = time.perf_counter() - self._time
+        seconds = self._last - self._time
         line = {"step": step, "epoch": epoch, "learning_rate": rate}
         if self._steps:
             line["images_per_second"] = round(self._images / max(seconds, 1e-9), 1)
