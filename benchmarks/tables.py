@@ -112,12 +112,13 @@ def training(model: str) -> Callable[[], str]:
                     f"{1 / row['macs_kept']:.1f}x",
                     row["method"],
                     epochs,
+                    f"{row['minutes']:.0f}" if row["minutes"] is not None else "–",
                     f"{row['closed_form']:.2f}",
                     f"{row['accuracy']:.2f}" if done else "–",
                     f"{row['accuracy'] - row['teacher_accuracy']:+.2f}" if done else "–",
                 )
             )
-        header = ("fewer MACs", "method", "epochs", "closed form %", "trained %", "points from the teacher")
+        header = ("fewer MACs", "method", "epochs", "minutes", "closed form %", "trained %", "points from the teacher")
         return markdown_table(header, rows)
 
     return table
@@ -145,11 +146,17 @@ def recipes() -> str:
 
 
 def processes() -> str:
+    data = read("processes")
     rows = [
-        (str(row["processes"]), f"{row['mean']:.2f} ± {row['spread']:.2f}", f"{len(row['accuracies'])}")
-        for row in read("processes")["training"]
+        (
+            f"{row['processes']}",
+            f"{row['mean']:.2f} ± {row['spread']:.2f}",
+            f"{len(row['accuracies'])}",
+            f"{data['moments']['difference']:.1e}" if row["processes"] == data["moments"]["processes"] else "–",
+        )
+        for row in data["training"]
     ]
-    return markdown_table(("processes", "accuracy %", "seeds"), rows)
+    return markdown_table(("processes", "accuracy %", "seeds", "moments: difference to one process"), rows)
 
 
 def kills() -> str:

@@ -28,15 +28,6 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def minutes(log: list[dict]) -> float:
-    """How long the steps took that are in the log."""
-    seconds, before = 0.0, 0
-    for line in log:
-        seconds += (line["step"] - before) * TrainingOptions.batch_size / line["images_per_second"]
-        before = line["step"]
-    return seconds / 60
-
-
 def collect(runs: Path, model: str) -> dict:
     """A row for every run in the folder, from the files that the commands wrote."""
     rows = []
@@ -56,7 +47,8 @@ def collect(runs: Path, model: str) -> dict:
         }
         speeds = [line["images_per_second"] for line in log]
         row["images_per_second"] = statistics.median(speeds) if speeds else None
-        row["minutes"] = minutes(log)
+        # By the median, as a process may have been stopped for a while.
+        row["minutes"] = log[-1]["step"] * TrainingOptions.batch_size / row["images_per_second"] / 60 if log else None
         if out.exists():
             metrics = json.loads((out / "metrics.json").read_text())
             row |= {key: metrics["network"][key] for key in ("accuracy", "validation_accuracy")}
