@@ -149,8 +149,10 @@ def train(
     set_seed(options.seed)
     name, method = _method(options, teacher)
     # Precision by autocast rather than by the accelerator, which fixes it once for the whole process.
-    accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", device_placement=False)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    # Alone, the device that was asked for: the accelerator would take the first GPU for any of them.
+    device = accelerator.device if world > 1 else torch.device(device)
     precision = choose_precision(device) if options.precision == "auto" else options.precision
     total = options.epochs * steps_per_epoch
     stages = _stages(method, options.epochs, steps_per_epoch)
