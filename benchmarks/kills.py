@@ -1,10 +1,10 @@
 """Kill a training run with SIGKILL at random moments, restart it each time, and compare with an undisturbed run.
 
-    python benchmarks/kills.py [--kills 20] [--epochs 30] [--seed 0]
+    python benchmarks/kills.py [--kills 20] [--epochs 60] [--seed 0]
 
-A VGG-8 student of another VGG-8 on scikit-learn's digits, KP + KD, a checkpoint every 0.05 s; every second kill comes
-while one is being written. Then the newest checkpoint of an interrupted run is cut short and another one's bytes are
-changed, and both runs have to end alike too. Writes benchmarks/results/kills.json.
+A compressed LeNet beside the dense one on scikit-learn's digits, KP + KD, a checkpoint every 0.05 s; every second kill
+comes while one is being written. Then the newest checkpoint of an interrupted run is cut short and another one's bytes
+are changed, and both runs have to end alike too. Writes benchmarks/results/kills.json.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from dk2pnet.pipelines.inputs import environment, pick_device
 RESULTS = Path(__file__).parent / "results"
 
 
-def command(out: Path, teacher: Path | None, epochs: int, threads: int) -> list[str]:
-    options = ["--model", "vgg8", "--data", "digits", "--epochs", str(epochs), "--out", str(out)]
-    options += ["--threads", str(threads)]
-    if teacher is not None:
-        options += ["--teacher", str(teacher), "--lr", "0.02", "--checkpoint-every", "0.05"]
-    return [sys.executable, "-m", "dk2pnet", "train", *options]
+def command(out: Path, epochs: int, threads: int) -> list[str]:
+    """Trains the student of the folder that `out` lies in beside its teacher."""
+    options = ["--model", out.parent / "student", "--teacher", out.parent / "teacher", "--data", "digits", "--lr", 0.02]
+    options += ["--epochs", epochs, "--checkpoint-every", 0.05, "--threads", threads, "--out", out]
+    return program("train", *options)
+
+
+def program(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "dk2pnet", *map(str, arguments)]
 
 
 def finish(call: list[str]) -> str:
@@ -97,23 +100,24 @@ def damaged(call: list[str], out: Path, damage: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        teacher = root / "teacher"
-        finish(command(teacher, None, 3, options.threads))
-        finish(command(root / "undisturbed", teacher, options.epochs, options.threads))
+        teacher, student = root / "teacher", root / "student"
+        finish(program("train", "--model", "lenet", "--data", "digits", "--epochs", 3, "--out", teacher))
+        finish(program("compress", "--model", teacher, "--data", "digits", "--budget", "kernels=2", "--out", student))
+        finish(command(root / "undisturbed", options.epochs, options.threads))
         wanted = digest(root / "undisturbed")
-        finish(command(root / "again", teacher, options.epochs, options.threads))
+        finish(command(root / "again", options.epochs, options.threads))
         print(f"undisturbed: {wanted[:16]}; again: {digest(root / 'again')[:16]}", flush=True)
 
         steps = json.loads((root / "undisturbed" / "log.jsonl").read_text().splitlines()[-1])["step"]
         out, kills = root / "killed", []
-        call = command(out, teacher, options.epochs, options.threads)
+        call = command(out, options.epochs, options.threads)
         for step in sorted(moments.randrange(steps - 20) for _ in range(options.kills)):
             # The first ones may come before any checkpoint, while the program starts.
             kills.append(kill_at(call, out, step, None if len(kills) % 2 else moments.uniform(0, 0.2)))
@@ -128,7 +132,7 @@ def main() -> None:
             "killed": digest(out),
         }
         for damage in ("cut", "changed"):
-            call = command(root / damage, teacher, options.epochs, options.threads)
+            call = command(root / damage, options.epochs, options.threads)
             result[damage] = damaged(call, root / damage, damage)
             print(f"checkpoint {damage}: {result[damage]}", flush=True)
     result["identical"] = all(
