@@ -130,7 +130,13 @@ def methods() -> str:
         (row["name"], f"{row['ratio']:.2f}x", f"{peak[row['name']] / 2**20:.0f} MiB")
         for row in read("steps")["methods"]["rows"]
     ]
-    return markdown_table(("method", "time of a step", "peak memory"), rows)
+    return markdown_table((f"method ({machine('methods')})", "time of a step", "peak memory"), rows)
+
+
+def machine(part: str) -> str:
+    """Where a part of steps.json was measured."""
+    hardware = read("steps")[part]["hardware"]
+    return f"{hardware['processor']}, {hardware['threads']} threads"
 
 
 def recipes() -> str:
@@ -142,7 +148,7 @@ def recipes() -> str:
     for network in networks:
         found = [cells[network, name] for name in names]
         table.append((network, *[f"{1 / row['ratio']:.2f}x ({row['images_per_second']:.0f}/s)" for row in found]))
-    return markdown_table(("network", *names), table)
+    return markdown_table((f"network ({machine('recipes')})", *names), table)
 
 
 def processes() -> str:
@@ -183,11 +189,6 @@ def scratch() -> str:
     return markdown_table(("network", "epochs", "accuracy %", "images/s (CPU threads)"), rows)
 
 
-def ema() -> str:
-    rows = [tuple(str(row[key]) if key == "epoch" else f"{row[key]:.2f}" for key in row) for row in read("ema")["rows"]]
-    return markdown_table(("epoch", "trained %", "average, decay 0.99", "average, decay 0.999"), rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "criteria-resnet32": criteria("resnet32"),
@@ -201,7 +202,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "processes": processes,
     "kills": kills,
     "scratch": scratch,
-    "ema": ema,
 }
 
 
