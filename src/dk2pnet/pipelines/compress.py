@@ -22,8 +22,7 @@ from dk2pnet.calibration.statistics import correct_biases, has_batch_norm, reest
 from dk2pnet.calibration.store import MomentStore
 from dk2pnet.convert import Convolution, convert, copy_model, find_convolutions
 from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_split, split_training
-from dk2pnet.decompose.select import Candidate, cheapest, select, uniform
-from dk2pnet.decompose.solve import Factors, Problem, solve_many, spectrum
+from dk2pnet.decompose.solve import Factors
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.errors import InputError
@@ -39,6 +38,7 @@ from dk2pnet.measure import (
     parameters,
     predict,
 )
+from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
 from dk2pnet.pipelines.fit import fit
 from dk2pnet.pipelines.folders import (
     check_out,
@@ -66,11 +66,6 @@ from dk2pnet.training.trainer import TrainingOptions
 
 __all__ = ["CRITERIA", "Result", "compress"]
 
-# What a criterion needs: moments of the inputs (A), and gradients at the outputs (B).
-CRITERIA = {"weight": (False, False), "response": (True, False), "loss": (True, True)}
-
-# Layers whose A is larger than this are solved one at a time.
-_LARGE = 16 * 2**20
 # Where not all images fit into memory at once, the layer-by-layer reconstruction makes do with so many of them.
 _RECONSTRUCTION_IMAGES = 256
 
@@ -352,16 +347,16 @@ def _closed_form(
                     moments.merge(processes.sum_over_all)
                 store.add_group(group)
                 with clock("spectra"):
-                    energies |= {name: _energies(open_sites[name], store, criterion) for name in group}
+                    energies |= {name: energies_of(open_sites[name], store, criterion) for name in group}
         else:
             with clock("spectra"):
-                energies = {name: _energies(site, None, criterion) for name, site in open_sites.items()}
-        counts = _spend(budget, open_sites, energies, teacher_macs, teacher_parameters)
+                energies = {name: energies_of(site, None, criterion) for name, site in open_sites.items()}
+        counts = spend(budget, open_sites, energies, teacher_macs, teacher_parameters)
         replaced = {name: count for name, count in counts.items() if count is not None}
-        plan = _plan(sites, counts, energies, network, example, criterion, budget, teacher_macs, teacher_parameters)
+        plan = make_plan(sites, counts, energies, network, example, criterion, budget, teacher_macs, teacher_parameters)
         progress("solving", 0, len(replaced))
         with clock("solve"):
-            factors = _solve(replaced, open_sites, store, criterion, progress)
+            factors = solve_layers(replaced, open_sites, store, criterion, progress)
         decisions: list[dict[str, Any]] = []
         student = convert(teacher, plan, factors)
         set_form(student, "folded")
@@ -473,136 +468,6 @@ def _check_output(teacher: nn.Module, example: Tensor, criterion: str) -> None:
             "criterion 'loss' needs a classifier (one row of class scores per image), but the network returns "
             f"{shapes}; use --criterion response"
         )
-
-
-def _moments(site: Convolution, store: MomentStore | None, criterion: str) -> tuple[Tensor | None, Tensor | None]:
-    if store is None or criterion == "weight":
-        return None, None
-    moments = store[site.name]
-    return moments.A(), moments.B()
-
-
-def _energies(site: Convolution, store: MomentStore | None, criterion: str) -> Tensor:
-    """Energies of the candidate kernels, comparable between layers: `loss` is so by construction, the others are
-    divided by the energy of the layer."""
-    conv = site.module
-    assert isinstance(conv, nn.Conv2d)
-    A, B = _moments(site, store, criterion)
-    energies = spectrum(conv.weight, A, B, conv.groups)
-    if criterion != "loss":
-        W = conv.weight.detach().double().cpu().view(conv.groups, -1, conv.weight[0].numel())
-        total = float((W * (W if A is None else W @ A)).sum())
-        energies = energies / max(total, 1e-300)
-    return energies
-
-
-def _spend(
-    budget: Budget,
-    sites: Mapping[str, Convolution],
-    energies: Mapping[str, Tensor],
-    total_macs: int,
-    total_parameters: int,
-) -> dict[str, Tensor | None]:
-    """Kernels per channel for every convolution that can be decomposed."""
-    in_macs = budget.kind != "params"
-    candidates = {}
-    for name, site in sites.items():
-        conv = site.module
-        assert isinstance(conv, nn.Conv2d)
-        unit = site.positions if in_macs else 1
-        q = conv.kernel_size[0] * conv.kernel_size[1]
-        kernel = (conv.groups * q + conv.out_channels) * unit
-        candidates[name] = Candidate(energies[name], kernel, conv.weight.numel() * unit)
-    if budget.kind == "kernels":
-        return uniform(candidates, int(budget.value))
-    total = total_macs if in_macs else total_parameters
-    fixed = total - sum(candidate.dense_cost for candidate in candidates.values())
-    least = cheapest(candidates) + fixed
-    if budget.value * total < least:
-        raise InputError(
-            f"budget {budget} cannot be reached: one kernel in every layer that can be decomposed gives "
-            f"{budget.kind}={_round_up(least / total)}; give at least that, or let the first convolution go too "
-            "(--first)"
-        )
-    return select(candidates, budget.value * total - fixed)
-
-
-def _round_up(value: float) -> str:
-    return f"{-(-value * 1000 // 1) / 1000:.3f}"
-
-
-def _plan(
-    sites: Sequence[Convolution],
-    counts: Mapping[str, Tensor | None],
-    energies: Mapping[str, Tensor],
-    network: Network,
-    example: Tensor,
-    criterion: str,
-    budget: Budget,
-    total_macs: int,
-    total_parameters: int,
-) -> Plan:
-    plan = Plan(
-        network=network.spec,
-        input_shape=list(example.shape[1:]),
-        normalization=network.normalization.to_dict() if network.normalization else None,
-        criterion=criterion,
-        budget=str(budget),
-        macs_dense=total_macs,
-        macs=total_macs,
-        parameters_dense=total_parameters,
-        parameters=total_parameters,
-    )
-    for site in sites:
-        size = site.module.weight.numel()  # type: ignore[union-attr,operator]
-        layer = LayerPlan(site.name, site.shape, site.reason, None, site.macs, site.macs, size, size)
-        layer.aliases = site.aliases
-        count = counts.get(site.name)
-        if count is not None:
-            conv = site.module
-            assert isinstance(conv, nn.Conv2d)
-            layer.counts = count.tolist()
-            q = conv.kernel_size[0] * conv.kernel_size[1]
-            layer.parameters = int(count.sum()) * (q + conv.out_channels // conv.groups)
-            layer.macs = layer.parameters * site.positions
-            spectrum_ = energies[site.name].flatten(0, 1)
-            kept = sum(float(row[: int(n)].sum()) for row, n in zip(spectrum_, count, strict=True))
-            layer.energy_kept = kept / max(float(spectrum_.sum()), 1e-300)
-        elif not site.reason:
-            layer.reason = "dominant kernels would not be cheaper"
-        plan.macs += layer.macs - layer.macs_dense
-        plan.parameters += layer.parameters - layer.parameters_dense
-        plan.layers.append(layer)
-    return plan
-
-
-def _solve(
-    counts: Mapping[str, Tensor],
-    sites: Mapping[str, Convolution],
-    store: MomentStore,
-    criterion: str,
-    progress: Progress,
-) -> dict[str, Factors]:
-    """Small layers together (same shapes side by side), large ones one at a time, so that memory stays bounded."""
-
-    def problem(name: str) -> Problem:
-        conv = sites[name].module
-        assert isinstance(conv, nn.Conv2d)
-        A, B = _moments(sites[name], store, criterion)
-        return Problem(conv.weight, counts[name], A, B, conv.groups)
-
-    def size(name: str) -> int:
-        conv = sites[name].module
-        return 8 * conv.groups * conv.weight[0].numel() ** 2  # type: ignore[union-attr,operator,index]
-
-    small = [name for name in counts if size(name) <= _LARGE]
-    factors = dict(zip(small, solve_many([problem(name) for name in small]), strict=True))
-    progress("solving", len(factors), len(counts))
-    for name in counts:
-        if name not in factors:
-            factors[name] = solve_many([problem(name)])[0]
-            progress("solving", len(factors), len(counts))
-    return factors
 
 
 def _reconstructed(
