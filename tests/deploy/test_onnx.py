@@ -105,17 +105,17 @@ def test_graph_of_a_dk_layer_is_clean(tmp_path):
     layer = dk(96, 128, 3, padding=1, counts=[2] * 60 + [0] * 6 + [3] * 30)
     export_onnx(layer.eval(), torch.randn(1, 96, 6, 6), tmp_path / "layer.onnx")
     graph = onnx.load(tmp_path / "layer.onnx").graph
-    # The first two branches cover the same channels, which are gathered once.
-    assert sorted(node_types(tmp_path / "layer.onnx")) == ["Add"] * 2 + ["Conv"] * 6 + ["Gather"] * 2
+    # Two branches are completed to all 96 channels; the 30 kernels left over are gathered and padded to 32.
+    assert sorted(node_types(tmp_path / "layer.onnx")) == ["Add"] * 2 + ["Conv"] * 6 + ["Gather"]
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     weights = {initializer.name: tuple(initializer.dims) for initializer in graph.initializer}
-    assert [weights[node.input[1]] for node in convolutions] == [
-        (90, 1, 3, 3),
-        (128, 90, 1, 1),
-        (90, 1, 3, 3),
-        (128, 90, 1, 1),
-        (30, 1, 3, 3),
-        (128, 30, 1, 1),
+    assert sorted(weights[node.input[1]] for node in convolutions) == [
+        (32, 1, 3, 3),
+        (96, 1, 3, 3),
+        (96, 1, 3, 3),
+        (128, 32, 1, 1),
+        (128, 96, 1, 1),
+        (128, 96, 1, 1),
     ]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import io
 import logging
 import os
@@ -24,11 +23,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dk2pnet.deploy.emit import with_plain_layers
 from dk2pnet.errors import InputError
-from dk2pnet.layer import DKConv2d
 
 __all__ = ["check_onnx", "export_onnx", "multiplier_convolutions", "read_metadata", "run_onnx", "session"]
 
@@ -42,11 +40,12 @@ def export_onnx(
     example: Tensor,
     path: str | Path,
     *,
+    forms: Mapping[str, str] | None = None,
     metadata: Mapping[str, str] | None = None,
     input_name: str = "input",
     output_name: str = "output",
 ) -> None:
-    """Write `model` to one self-contained ONNX file with a free batch size, every DK layer as a sum of branches.
+    """Write `model` to one self-contained ONNX file with a free batch size, every DK layer in an exact plain form.
 
     Example::
 
@@ -61,6 +60,8 @@ def export_onnx(
         Takes one tensor; gives a tensor, or a tuple, list or dict of tensors.
     example
         An input, ``(B, C, H, W)``; the file takes any B, but only this C, H and W.
+    forms
+        The emitted form (`emit.EMITTED`) of DK layers by module name; ``branches`` where it says nothing.
     metadata
         Written to the file's metadata, see `read_metadata`.
     output_name
@@ -73,7 +74,7 @@ def export_onnx(
     """
     path, name = Path(path), type(model).__name__
     try:
-        net = _plain(_cpu_copy(model))
+        net = with_plain_layers(_cpu_copy(model), forms)
     except Exception as error:
         raise InputError(f"cannot copy {name} to export it: {_reason(error)}") from error
     if example.dim() < 2 or len(example) == 0:
@@ -197,108 +198,6 @@ def run_onnx(session: onnxruntime.InferenceSession, x: Tensor | np.ndarray) -> l
 
 def _cpu_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().eval()
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """Replace, in place, every DK layer by plain modules; a layer that is used twice stays one."""
-    replaced: dict[DKConv2d, nn.Module] = {}
-
-    def replace(child: nn.Module) -> nn.Module:
-        if isinstance(child, DKConv2d):
-            return replaced.setdefault(child, _Branches(child))
-        return child
-
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child is not None:
-                parent._modules[name] = replace(child)
-    return replace(module)
-
-
-class _Branches(nn.Module):
-    """A DK layer ``(B, C, H, W) -> (B, N, H', W')`` in its `branches` form, made of plain convolutions.
-
-    `DKConv2d` slices its kernels and combination by branch. An exporter may write these slices as operators (the dynamo
-    exporter does for large layers), which hides the weights from whatever reads the file; here each is a weight.
-    """
-
-    def __init__(self, layer: DKConv2d) -> None:
-        super().__init__()
-        self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        left, right, top, bottom = layer._pad_outside
-        # Symmetric zeros are the convolution's own; the rest is padded once, not once per branch.
-        inside = self.padding_mode == "constant" and left == right and top == bottom
-        self.pad_outside = None if inside else [left, right, top, bottom]
-        self.extract, self.combine = nn.ModuleList(), nn.ModuleList()
-        self.gathers: list[int | None] = []  # per branch, which of the buffers `source_*` picks its input, if any
-        self.group_order = None
-        covered: list[list[int]] = [list(range(layer.in_channels))]
-        kernels, combination, bias = layer.kernels.detach(), layer.combination.detach(), layer.bias
-        start = column = 0
-        for number, width in enumerate(layer.branch_sizes):
-            conv = nn.Conv2d(
-                width,
-                width,
-                layer.kernel_size,
-                layer.stride,
-                (top, left) if inside else 0,
-                layer.dilation,
-                width,
-                bias=False,
-            )
-            conv.weight = nn.Parameter(kernels[start : start + width].clone())
-            self.extract.append(conv)
-            channels = layer.source[start : start + width].tolist()
-            if channels not in covered:
-                self.register_buffer(f"source_{len(covered)}", torch.tensor(channels))
-                covered.append(channels)
-            self.gathers.append(covered.index(channels) or None)
-            if layer._even:
-                columns = combination[:, column : column + width // layer.groups]
-                self.combine.append(_pointwise(columns, bias if number == 0 else None, layer.groups))
-                column += width // layer.groups
-            start += width
-        if not layer._even:
-            # Kernels spread unevenly over the groups: no branch has a grouped pointwise convolution of its own.
-            self.combine.append(_pointwise(combination, bias, layer.groups))
-            self.group_order = layer._group_order.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pad_outside is not None:
-            x = F.pad(x, self.pad_outside, mode=self.padding_mode)
-        inputs: dict[int | None, Tensor] = {None: x}
-        parts: list[Tensor] = []
-        for number, (gather, extract) in enumerate(zip(self.gathers, self.extract, strict=True)):
-            if gather not in inputs:
-                inputs[gather] = x.index_select(1, getattr(self, f"source_{gather}"))
-            z = extract(inputs[gather])
-            parts.append(z if self.group_order is not None else self.combine[number](z))
-        if self.group_order is not None:
-            return self.combine[0](torch.cat(parts, 1).index_select(1, self.group_order))
-        return functools.reduce(torch.add, parts)
-
-
-def _pointwise(combination: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
-    """The 1x1 convolution by ``combination (N, R / groups, 1, 1)``."""
-    outputs, inputs = combination.shape[:2]
-    multiplier = groups > 1 and inputs == 1 and outputs > groups
-    # One kernel per group makes this a depthwise convolution with a multiplier, which must not be: repeat the inputs.
-    channels = outputs if multiplier else inputs * groups
-    conv = nn.Conv2d(channels, outputs, 1, groups=outputs if multiplier else groups, bias=bias is not None)
-    conv.weight = nn.Parameter(combination.clone())
-    conv.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-    return nn.Sequential(_Repeat(groups, outputs // groups), conv) if multiplier else conv
-
-
-class _Repeat(nn.Module):
-    """``(B, C, H, W) -> (B, C * times, H, W)``: channels 0, 0, ..., 1, 1, ..."""
-
-    def __init__(self, channels: int, times: int) -> None:
-        super().__init__()
-        self.register_buffer("index", torch.arange(channels).repeat_interleave(times))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.index_select(1, self.index)  # type: ignore[arg-type]
 
 
 class _Flat(nn.Module):
