@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dk2pnet.deploy.emit import with_plain_layers
+from dk2pnet.deploy.fuse import fold_batch_norms
 from dk2pnet.errors import InputError
 
 __all__ = ["check_onnx", "export_onnx", "multiplier_convolutions", "read_metadata", "run_onnx", "session"]
@@ -237,6 +238,7 @@ def _export(
         try:
             with _quiet(), torch.no_grad():
                 proto = exporter(net, three[:2], input_name, output_names)
+            fold_batch_norms(proto)
             onnx.helper.set_model_props(proto, metadata)
             content = proto.SerializeToString()
             found = [output.shape for output in run_onnx(_session(content, 1, name), three)]
