@@ -102,8 +102,15 @@ def compress(
     weights: Weights = None,
     normalize: Normalize = None,
     budget: Annotated[
-        str, typer.Option(help="macs=F or params=F (fraction of the network's), or kernels=K per input channel.")
+        str,
+        typer.Option(
+            help="macs=F, params=F or measured latency=F (fraction of the network's), or kernels=K per input channel."
+        ),
     ] = "macs=0.44",
+    target: Annotated[
+        str,
+        typer.Option(help="Where it will run and is timed: onnxruntime, openvino, pytorch, pytorch-compile or cuda."),
+    ] = "onnxruntime",
     criterion: Annotated[str, typer.Option(help="loss, response or weight (needs no images).")] = "loss",
     keep: Annotated[
         list[str] | None,
@@ -167,6 +174,7 @@ def compress(
             seed=seed,
             device=device,
             threads=threads,
+            target=target,
             out=out,
             overwrite=overwrite,
             command=_command(),

@@ -14,9 +14,9 @@ from dk2pnet.decompose.solve import Factors
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation
-from dk2pnet.plan import Plan
+from dk2pnet.plan import LayerPlan, Plan
 
-__all__ = ["Convolution", "convert", "copy_model", "find_convolutions", "replace_modules"]
+__all__ = ["Convolution", "convert", "copy_model", "find_convolutions", "replace_modules", "with_kernels"]
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Convolution:
     calls: int = 0
     aliases: list[str] = field(default_factory=list)
     activation: int = 0  # numbers in the largest input and output of one image, together
+    input_size: tuple[int, int] = (0, 0)  # height and width of the (last) input
 
     @property
     def shape(self) -> str:
@@ -82,6 +83,8 @@ def find_convolutions(
         site.calls += 1
         site.positions += output[:, 0].numel() // len(example)
         site.activation = max(site.activation, (args[0].numel() + output.numel()) // len(example))
+        if args[0].dim() == 4:
+            site.input_size = (args[0].shape[2], args[0].shape[3])
         order.append(module)
 
     handles = [module.register_forward_hook(hook) for module in found]
@@ -162,3 +165,9 @@ def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None 
         return layers[student]
     replace_modules(student, layers)
     return student
+
+
+def with_kernels(model: nn.Module, counts: Mapping[str, Tensor | None]) -> nn.Module:
+    """A copy of `model` with an untrained DK layer wherever `counts` gives a convolution kernels per input channel."""
+    layers = [LayerPlan(name, "", counts=count.tolist()) for name, count in counts.items() if count is not None]
+    return convert(model, Plan(layers=layers))

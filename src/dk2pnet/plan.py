@@ -13,13 +13,13 @@ from dk2pnet.errors import InputError
 __all__ = ["FORMAT", "Budget", "LayerPlan", "Plan"]
 
 FORMAT = 1
-_KINDS = ("macs", "params", "kernels")
+_KINDS = ("macs", "params", "kernels", "latency")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the student may cost: ``macs`` or ``params`` as a fraction of the whole teacher's, or ``kernels`` per
-    input channel. Example: ``Budget.parse("macs=0.44")``."""
+    """What the student may cost: ``macs``, ``params`` or measured ``latency`` as a fraction of the whole teacher's, or
+    ``kernels`` per input channel. Example: ``Budget.parse("macs=0.44")``."""
 
     kind: str
     value: float
@@ -30,7 +30,10 @@ class Budget:
         if isinstance(text, Budget):
             return text
         kind, _, number = str(text).partition("=")
-        expected = "expected macs=F or params=F with 0 < F <= 1 (fraction of the whole network's), or kernels=1, 2, ..."
+        expected = (
+            "expected macs=F, params=F or latency=F with 0 < F <= 1 (fraction of the whole network's), "
+            "or kernels=1, 2, ..."
+        )
         try:
             value = float(number)
         except ValueError:
@@ -51,6 +54,7 @@ class LayerPlan:
 
     `macs_dense`, `macs` (one image, all calls), `parameters_dense`, `parameters`: before and after. `energy_kept` is
     the fraction of the criterion's energy that the layer keeps. `aliases` are the other names of a shared module.
+    `form` is the exact form that the layer has in the exported file (`deploy.emit`), None where none was chosen.
     """
 
     name: str
@@ -63,6 +67,7 @@ class LayerPlan:
     parameters: int = 0
     energy_kept: float | None = None
     aliases: list[str] = field(default_factory=list)
+    form: str | None = None
 
     @property
     def kernels(self) -> int | None:
@@ -129,6 +134,11 @@ class Plan:
             raise InputError(f"{path} cannot be read ({error}); expected a folder that dk2pnet wrote") from error
         return cls.from_json(text)
 
+    @property
+    def forms(self) -> dict[str, str]:
+        """The emitted forms that were chosen, by layer."""
+        return {layer.name: layer.form for layer in self.layers if layer.form is not None}
+
     def summary(self) -> str:
         """One line per convolution: what was done to it, or why nothing."""
         lines = []
@@ -137,6 +147,7 @@ class Plan:
             if layer.counts is not None:
                 done = f"{layer.kernels} kernels in branches {'+'.join(map(str, layer.branches or []))}"
                 done += f", MACs x{layer.macs / max(layer.macs_dense, 1):.2f}"
+                done += f", {layer.form}" if layer.form else ""
             also = f" (also {', '.join(layer.aliases)})" if layer.aliases else ""
             lines.append(f"{layer.name}{also}  {layer.shape}  {done}")
         return "\n".join(lines)

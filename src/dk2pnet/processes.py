@@ -42,6 +42,12 @@ def wait() -> None:
         dist.barrier()
 
 
+def broadcast(values: list) -> None:
+    """Replace the values by the main process's."""
+    if count() > 1:
+        dist.broadcast_object_list(values, 0)
+
+
 def sum_over_all(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, bit for bit the same in each of them."""
     if count() == 1:

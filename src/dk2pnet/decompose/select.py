@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Candidate", "cheapest", "select", "uniform"]
+__all__ = ["Candidate", "Option", "cheapest", "choose", "select", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,78 @@ def select(candidates: Mapping[str, Candidate], budget: float) -> dict[str, Tens
     return {
         name: None if name in dense else _counts(candidates[name], steps[name][1], taken[name]) for name in candidates
     }
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that can be made of a layer: its cost, and the error that it leaves."""
+
+    cost: float
+    error: float
+
+
+def choose(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, int]:
+    """Spend `budget` where the costs of a layer are whatever was measured, not proportional to its kernels.
+
+    Returns, per layer, the index of the option taken. All layers start at their cheapest option; one queue then takes
+    the step that removes most error per cost, along each layer's convex hull of (cost, error). What is left at the end
+    goes to whatever still fits. The cost is at most `budget` as long as the cheapest options together are.
+    """
+    hulls = {name: _hull(of_layer) for name, of_layer in options.items()}
+    taken = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - sum(options[name][index].cost for name, index in taken.items())
+    queue: list[tuple[float, str, int]] = []
+
+    def offer(name: str, place: int) -> None:
+        if place + 1 < len(hulls[name]):
+            here, there = (options[name][index] for index in hulls[name][place : place + 2])
+            heapq.heappush(queue, (-(here.error - there.error) / (there.cost - here.cost), name, place + 1))
+
+    for name in options:
+        offer(name, 0)
+    while queue:
+        _, name, place = heapq.heappop(queue)
+        index = hulls[name][place]
+        step = options[name][index].cost - options[name][taken[name]].cost
+        if step <= left:
+            left -= step
+            taken[name] = index
+            offer(name, place)
+    while True:  # off the hulls: what still fits and removes most error per cost
+        best: tuple[float, str, int] | None = None
+        for name, of_layer in options.items():
+            here = of_layer[taken[name]]
+            for index, option in enumerate(of_layer):
+                step, gain = option.cost - here.cost, here.error - option.error
+                if gain > 0 and step <= left:
+                    rate = gain / max(step, 1e-12)
+                    if best is None or rate > best[0]:
+                        best = (rate, name, index)
+        if best is None:
+            return taken
+        _, name, index = best
+        left -= options[name][index].cost - options[name][taken[name]].cost
+        taken[name] = index
+
+
+def _hull(options: Sequence[Option]) -> list[int]:
+    """Indices of the options on the lower convex hull of (cost, error), from the cheapest to the most exact."""
+    order = sorted(range(len(options)), key=lambda index: (options[index].cost, options[index].error))
+    hull: list[int] = []
+    for index in order:
+        option = options[index]
+        if hull and option.error >= options[hull[-1]].error:
+            continue
+        while len(hull) > 1:
+            first, second = options[hull[-2]], options[hull[-1]]
+            # The middle one is of no use where going past it removes as much error per cost.
+            before = (first.error - second.error) * (option.cost - second.cost)
+            after = (second.error - option.error) * (second.cost - first.cost)
+            if before > after:
+                break
+            hull.pop()
+        hull.append(index)
+    return hull
 
 
 def uniform(candidates: Mapping[str, Candidate], kernels: int) -> dict[str, Tensor | None]:

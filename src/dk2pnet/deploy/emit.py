@@ -31,7 +31,16 @@ from dk2pnet.convert import replace_modules
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 
-__all__ = ["EMITTED", "Branch", "branches_of", "emit_nodes", "plain_layer", "with_plain_layers"]
+__all__ = [
+    "EMITTED",
+    "Branch",
+    "PlainLayer",
+    "branches_of",
+    "concatenated",
+    "emit_nodes",
+    "plain_layer",
+    "with_plain_layers",
+]
 
 EMITTED = ("branches", "gathered", "filled", "concat", "folded")
 
@@ -149,49 +158,58 @@ def plain_layer(layer: DKConv2d, form: str) -> nn.Module:
     """`layer` as a module of plain convolutions ``(B, C, H, W) -> (B, N, H', W')`` in the emitted `form`."""
     if form == "folded":
         return layer.to_dense()
-    return _Plain(layer, form)
+    branches = branches_of(layer, form)
+    plain = PlainLayer(layer, branches, layer.bias, concatenated(layer, form, branches))
+    return plain.train(layer.training)
 
 
-class _Plain(nn.Module):
-    """The branches of a DK layer as modules.
+def concatenated(layer: DKConv2d, form: str, branches: Sequence[Branch]) -> bool:
+    """Whether one pointwise convolution combines all branches; those of a grouped layer are combined one by one."""
+    return form == "concat" and layer.groups == 1 and len(branches) > 1
+
+
+class PlainLayer(nn.Module):
+    """`branches` as modules, with stride, padding, dilation and groups of `geometry`.
 
     `DKConv2d` slices its kernels and combination by branch. An exporter may write these slices as operators (the dynamo
     exporter does for large layers), which hides the weights from whatever reads the file; here each is a weight.
     """
 
-    def __init__(self, layer: DKConv2d, form: str) -> None:
+    def __init__(
+        self,
+        geometry: DKConv2d | nn.Conv2d,
+        branches: Sequence[Branch],
+        bias: Tensor | None,
+        concat: bool,
+    ) -> None:
         super().__init__()
-        self.padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        left, right, top, bottom = layer._pad_outside
+        self.padding_mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+        around = geometry._pad_outside if isinstance(geometry, DKConv2d) else geometry._reversed_padding_repeated_twice
+        left, right, top, bottom = around
         # Symmetric zeros are the convolution's own; the rest is padded once, not once per branch.
         inside = self.padding_mode == "constant" and left == right and top == bottom
         self.pad_outside = None if inside else [left, right, top, bottom]
-        branches = branches_of(layer, form)
-        concat = form == "concat" and layer.groups == 1 and len(branches) > 1
         self.extract, self.combine = nn.ModuleList(), nn.ModuleList()
-        bias = layer.bias
         for number, branch in enumerate(branches):
             if branch.channels is not None:
                 self.register_buffer(f"channels_{number}", branch.channels)
             width = len(branch.kernels)
             padding: Any = (top, left) if inside else 0
             own = bias if branch.combination is None else None
-            self.extract.append(
-                _conv(branch.kernels, own, width, layer.stride, padding, layer.dilation),
-            )
+            self.extract.append(_conv(branch.kernels, own, width, geometry.stride, padding, geometry.dilation))
             if branch.combination is None:
                 bias = None
                 self.combine.append(nn.Identity())
             elif not concat:
-                self.combine.append(_conv(branch.combination, bias, layer.groups))
+                self.combine.append(_conv(branch.combination, bias, geometry.groups))
                 bias = None
         if concat:
             whole = torch.cat([branch.combination for branch in branches if branch.combination is not None], 1)
             self.combine.append(_conv(whole, bias, 1))
         self.concat = concat
-        self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x (B, C, H, W)``."""
         if self.pad_outside is not None:
             x = F.pad(x, self.pad_outside, mode=self.padding_mode)
         features = []
@@ -255,7 +273,7 @@ def emit_nodes(
         conv(x, layer.fold(), layer.bias, layer.groups, y, True)
         return nodes, weights
     branches = branches_of(layer, form)
-    concat = form == "concat" and layer.groups == 1 and len(branches) > 1
+    concat = concatenated(layer, form, branches)
     bias = layer.bias
     features, parts = [], []
     for number, branch in enumerate(branches):

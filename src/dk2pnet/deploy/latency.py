@@ -18,7 +18,7 @@ from torch import Tensor
 from dk2pnet.deploy.onnx import run_onnx, session
 from dk2pnet.errors import InputError
 
-__all__ = ["Latency", "compare_latency"]
+__all__ = ["Latency", "compare_latency", "conditions", "is_onnx"]
 
 # A sample shorter than this says more about the clock and the scheduler than about the network.
 SHORTEST_SAMPLE = 1e-3
@@ -41,9 +41,10 @@ class Latency:
 
 
 def compare_latency(
-    paths: Mapping[str, str | Path],
-    example: np.ndarray | Tensor,
+    networks: Mapping[str, str | Path | bytes],
+    example: np.ndarray | Tensor | Mapping[str, np.ndarray | Tensor],
     *,
+    target: str = "onnxruntime",
     threads: int | None = None,
     seconds: float = 2.0,
     rounds_min: int = 15,
@@ -56,10 +57,10 @@ def compare_latency(
 
     Parameters
     ----------
-    paths
-        A name for each file.
+    networks
+        A name for each file, or for its content.
     example
-        The input of every call, ``(B, C, H, W)``.
+        The input of every call, ``(B, C, H, W)``; one for all networks, or one for each name.
     threads
         Threads of each network (None: one per physical core).
     seconds
@@ -72,9 +73,12 @@ def compare_latency(
     InputError
         When there is nothing to time, or a file cannot be loaded or run.
     """
-    if not paths or rounds_min < 1:
-        raise InputError(f"nothing to time: {len(paths)} networks, rounds_min={rounds_min}; expected 1 or more of each")
-    calls = {name: _call(path, example, threads) for name, path in paths.items()}
+    if not networks or rounds_min < 1:
+        raise InputError(
+            f"nothing to time: {len(networks)} networks, rounds_min={rounds_min}; expected 1 or more of each"
+        )
+    examples = example if isinstance(example, Mapping) else dict.fromkeys(networks, example)
+    calls = {name: _call(path, examples[name], threads) for name, path in networks.items()}
     durations = {name: _warm_up(call) for name, call in calls.items()}
     untimed = {name: math.ceil(REFILL / duration) for name, duration in durations.items()}
     repeats = {name: math.ceil(SHORTEST_SAMPLE / duration) for name, duration in durations.items()}
@@ -91,14 +95,15 @@ def compare_latency(
     return {name: _summary(times) for name, times in samples.items()}
 
 
-def _call(path: str | Path, example: np.ndarray | Tensor, threads: int | None) -> Callable[[], object]:
+def _call(path: str | Path | bytes, example: np.ndarray | Tensor, threads: int | None) -> Callable[[], object]:
     running = session(path, threads)
     array = example.detach().cpu().numpy() if isinstance(example, Tensor) else example
     try:
         run_onnx(running, array)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} does not take an input of shape {tuple(array.shape)}: {reason}") from error
+        what = "the network" if isinstance(path, bytes) else path
+        raise InputError(f"{what} does not take an input of shape {tuple(array.shape)}: {reason}") from error
     return lambda: run_onnx(running, array)
 
 
@@ -128,3 +133,17 @@ def _summary(times: Sequence[float]) -> Latency:
         left_out += 1
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
     return Latency(1e3 * middle, 1e3 * ordered[left_out], 1e3 * ordered[n - 1 - left_out], n)
+
+
+def conditions(target: str, example: np.ndarray | Tensor, threads: int | None) -> dict:
+    """shim"""
+    return {"target": target, "threads": threads}
+
+
+def is_onnx(target: str) -> bool:
+    """shim"""
+    return target in ("onnxruntime", "openvino")
+
+
+def check_target(target: str) -> None:
+    """shim"""

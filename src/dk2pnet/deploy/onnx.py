@@ -29,7 +29,15 @@ from dk2pnet.deploy.emit import with_plain_layers
 from dk2pnet.deploy.fuse import fold_batch_norms
 from dk2pnet.errors import InputError
 
-__all__ = ["check_onnx", "export_onnx", "multiplier_convolutions", "read_metadata", "run_onnx", "session"]
+__all__ = [
+    "check_onnx",
+    "export_onnx",
+    "multiplier_convolutions",
+    "onnx_bytes",
+    "read_metadata",
+    "run_onnx",
+    "session",
+]
 
 # Known to every runtime in use; the first with LayerNormalization as one operator. The dynamo exporter starts at 18.
 OPSET = 17
@@ -73,7 +81,28 @@ def export_onnx(
     InputError
         When the model does not take the example, or cannot be exported with a free batch size.
     """
-    path, name = Path(path), type(model).__name__
+    path = Path(path)
+    content = onnx_bytes(model, example, forms=forms, metadata=metadata, input_name=input_name, output_name=output_name)
+    # Not tempfile: its files are readable by their owner alone, and os.replace would keep that.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def onnx_bytes(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    forms: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    input_name: str = "input",
+    output_name: str = "output",
+) -> bytes:
+    """What `export_onnx` writes."""
+    name = type(model).__name__
     try:
         net = with_plain_layers(_cpu_copy(model), forms)
     except Exception as error:
@@ -93,14 +122,7 @@ def export_onnx(
     if not isinstance(output, Tensor):
         net = _Flat(net)
     shapes = [tuple(tensor.shape) for tensor in expected]
-    content = _export(net, name, three, shapes, dict(metadata or {}), input_name, names)
-    # Not tempfile: its files are readable by their owner alone, and os.replace would keep that.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return _export(net, name, three, shapes, dict(metadata or {}), input_name, names)
 
 
 def check_onnx(path: str | Path, model: nn.Module, inputs: Sequence[Tensor], tolerance: float = 1e-4) -> float:
@@ -167,8 +189,8 @@ def multiplier_convolutions(path: str | Path) -> list[str]:
     return found
 
 
-def session(path: str | Path, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """Load an ONNX file into ONNX Runtime on the CPU, with `threads` threads (None: one per physical core).
+def session(source: str | Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """Load an ONNX file, or its content, into ONNX Runtime on the CPU with `threads` threads (None: one per core).
 
     Raises
     ------
@@ -177,7 +199,9 @@ def session(path: str | Path, threads: int | None = None) -> onnxruntime.Inferen
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected 1 or more")
-    path = Path(path)
+    if isinstance(source, bytes):
+        return _session(source, threads, "the network")
+    path = Path(source)
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected an ONNX file")
     return _session(str(path), threads, str(path))

@@ -20,10 +20,11 @@ from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.calibration.reconstruct import reconstruct
 from dk2pnet.calibration.statistics import correct_biases, has_batch_norm, reestimate_batch_norm
 from dk2pnet.calibration.store import MomentStore
-from dk2pnet.convert import Convolution, convert, copy_model, find_convolutions
+from dk2pnet.convert import Convolution, convert, copy_model, find_convolutions, with_kernels
 from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_split, split_training
 from dk2pnet.decompose.solve import Factors
-from dk2pnet.deploy.latency import compare_latency
+from dk2pnet.deploy.costs import LatencyTable
+from dk2pnet.deploy.latency import check_target, compare_latency, conditions, is_onnx
 from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
@@ -59,6 +60,7 @@ from dk2pnet.pipelines.inputs import (
     pick_device,
     silent,
 )
+from dk2pnet.pipelines.speed import Spent, choose_forms, deployable, spend_latency
 from dk2pnet.plan import Budget, LayerPlan, Plan
 from dk2pnet.report.page import write_page
 from dk2pnet.student import load_student, save_student
@@ -122,6 +124,7 @@ def compress(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    target: str = "onnxruntime",
     out: str | Path | None = None,
     overwrite: bool = False,
     command: str | None = None,
@@ -138,7 +141,9 @@ def compress(
     ----------
     model : a module, the name of a network (``resnet32``, ``torchvision/resnet18``, ``timm/...``, ``FILE.py:FUNCTION``)
         or a folder that dk2pnet wrote. A module given is not changed.
-    budget : ``macs=F`` or ``params=F`` (fraction of the whole network's) or ``kernels=K`` (per input channel)
+    budget : ``macs=F``, ``params=F`` or measured ``latency=F`` (fraction of the whole network's) or ``kernels=K`` (per
+        input channel)
+    target : where the student will run and where time is measured, see `deploy.latency.TARGETS`
     criterion : ``weight`` (needs no images), ``response`` (images) or ``loss`` (images and a classifier)
     data : name of a data set, a folder, or a re-iterable of normalised batches ``x`` or ``(x, y)``, x (B, C, H, W)
     weights : file with the weights of a named network, or "pretrained"
@@ -169,6 +174,7 @@ def compress(
             f"calibration images {calibration_images}, memory {memory:g} GiB, epochs {epochs}; "
             "expected at least 2 images, memory above 0 and no negative epochs"
         )
+    check_target(target)
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
     clock = _Clock()
@@ -236,11 +242,13 @@ def compress(
                 int(memory * 2**30),
                 rebuild,
                 seed,
+                target,
+                threads,
                 clock,
                 progress,
             )
 
-        student, plan, decisions = solved() if folder is None else _solved_once(folder, teacher, clock, solved)
+        student, plan, decisions, search = solved() if folder is None else _solved_once(folder, teacher, clock, solved)
         student = student.to(chosen)
         set_form(student, "folded")  # the fastest form in eager PyTorch; `branches` again at the end
         figures = _Figures(teacher, teacher_held, images, chosen, progress)
@@ -272,6 +280,7 @@ def compress(
             "stages": stages,
             "layers": [_layer_figures(layer) for layer in plan.layers],
             "decisions": decisions,
+            "latency_search": search,
             "run": {
                 "command": command or "dk2pnet.compress(...)",
                 "seed": seed,
@@ -287,7 +296,19 @@ def compress(
             del metrics[side]["name"]
         if out is not None and processes.is_main():
             _write(
-                Path(out), overwrite, teacher, student, plan, metrics, example, recipe, folder, threads, clock, progress
+                Path(out),
+                overwrite,
+                teacher,
+                student,
+                plan,
+                metrics,
+                example,
+                recipe,
+                folder,
+                threads,
+                target,
+                clock,
+                progress,
             )
     return Result(student, plan, metrics)
 
@@ -298,6 +319,7 @@ class _Solved(NamedTuple):
     student: nn.Module
     plan: Plan
     decisions: list[dict[str, Any]]
+    search: list[dict[str, float]]  # of a latency budget: what was asked of the table, and what was measured
 
 
 def _closed_form(
@@ -313,6 +335,8 @@ def _closed_form(
     memory: int,
     rebuild: bool,
     seed: int,
+    target: str,
+    threads: int | None,
     clock: _Clock,
     progress: Progress,
 ) -> _Solved:
@@ -351,9 +375,18 @@ def _closed_form(
         else:
             with clock("spectra"):
                 energies = {name: energies_of(site, None, criterion) for name, site in open_sites.items()}
-        counts = spend(budget, open_sites, energies, teacher_macs, teacher_parameters)
+        search: list[dict[str, float]] = []
+        forms: dict[str, str] = {}
+        if budget.kind == "latency":
+            with clock("latency search"):
+                spent = _spend_time(budget.value, teacher, open_sites, energies, example, target, threads, progress)
+            counts, forms, search = spent.counts, spent.forms, spent.attempts
+        else:
+            counts = spend(budget, open_sites, energies, teacher_macs, teacher_parameters)
         replaced = {name: count for name, count in counts.items() if count is not None}
         plan = make_plan(sites, counts, energies, network, example, criterion, budget, teacher_macs, teacher_parameters)
+        for layer in plan.layers:
+            layer.form = forms.get(layer.name)
         progress("solving", 0, len(replaced))
         with clock("solve"):
             factors = solve_layers(replaced, open_sites, store, criterion, progress)
@@ -382,7 +415,7 @@ def _closed_form(
                 what = "bias correction"
                 correct_biases(corrected, teacher, [site.name for site in sites], images.gather, device)
             student = _keep_better(what, student, corrected, teacher_held, images, device, decisions)
-    return _Solved(student, plan, decisions)
+    return _Solved(student, plan, decisions, search)
 
 
 def _solved_once(folder: Path, teacher: nn.Module, clock: _Clock, solve: Callable[[], _Solved]) -> _Solved:
@@ -397,13 +430,47 @@ def _solved_once(folder: Path, teacher: nn.Module, clock: _Clock, solve: Callabl
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir()
             save_student(solved.student, solved.plan, kept)
-            write_json(folder / f"{notes}.part", {"decisions": solved.decisions, "seconds": clock.seconds})
+            facts = {"decisions": solved.decisions, "search": solved.search, "seconds": clock.seconds}
+            write_json(folder / f"{notes}.part", facts)
             os.replace(folder / f"{notes}.part", folder / notes)
         processes.wait()
     found = json.loads((folder / notes).read_text(encoding="utf-8"))
     clock.seconds = found["seconds"]
     student, plan = load_student(kept, factory=lambda: copy_model(teacher).cpu())
-    return _Solved(student, plan, found["decisions"])
+    return _Solved(student, plan, found["decisions"], found["search"])
+
+
+def _spend_time(
+    fraction: float,
+    teacher: nn.Module,
+    sites: Mapping[str, Convolution],
+    energies: Mapping[str, Tensor],
+    example: Tensor,
+    target: str,
+    threads: int | None,
+    progress: Progress,
+) -> Spent:
+    """Spend a latency budget; with several processes the main one measures for all."""
+    found: list[Spent | InputError | None] = [None]
+    if processes.is_main():
+        sizes = {name: site.input_size for name, site in sites.items()}
+        table = LatencyTable(target, threads)
+        dense = deployable(teacher, example, target)
+
+        def build(counts: Mapping[str, Tensor | None]) -> tuple[Any, dict[str, str]]:
+            student = with_kernels(teacher, counts)
+            forms = choose_forms(student, sizes, table)
+            return deployable(student, example, target, forms), forms
+
+        try:
+            found[0] = spend_latency(fraction, sites, energies, table, dense, build, example.cpu(), progress=progress)
+        except InputError as error:
+            found[0] = error
+    processes.broadcast(found)
+    if isinstance(found[0], InputError):
+        raise found[0]
+    assert found[0] is not None
+    return found[0]
 
 
 # -- the steps, in order --------------------------------------------------------------------------------------------
@@ -611,6 +678,7 @@ def _write(
     recipe: Mapping[str, Any],
     logs: Path | None,
     threads: int | None,
+    target: str,
     clock: _Clock,
     progress: Progress,
 ) -> None:
@@ -618,18 +686,34 @@ def _write(
     example = example.cpu()
     with new_folder(out, overwrite) as folder:
         progress("exporting", 0, 0)
+        if not plan.forms:
+            with clock("choosing forms"):
+                sizes = {site.name: site.input_size for site in find_convolutions(copy_model(teacher).cpu(), example)}
+                table = LatencyTable(target, threads, progress=lambda done, of: progress("timing layers", done, of))
+                forms = choose_forms(student, sizes, table)
+            for layer in plan.layers:
+                layer.form = forms.get(layer.name)
         with clock("export"):
             metrics["student"]["onnx_difference"] = write_onnx(student, plan, example, folder / "model.onnx")
             dense = folder / "teacher.onnx"
             export_onnx(teacher, example, dense)
         progress("measuring latency", 0, 0)
+        paths = {"teacher": dense, "student": folder / "model.onnx"}
+        networks: Mapping[str, Any] = paths
+        if not is_onnx(target):
+            networks = {
+                "teacher": deployable(teacher, example, target),
+                "student": deployable(student, example, target, plan.forms),
+            }
         with clock("latency"):
-            paths = {"teacher": dense, "student": folder / "model.onnx"}
-            latencies = compare_latency(paths, example.numpy(), threads=threads, seconds=1.0)
+            latencies = compare_latency(networks, example, target=target, threads=threads)
         for side, path in paths.items():
             metrics[side]["onnx_bytes"] = path.stat().st_size
             metrics[side]["latency_ms"] = latencies[side].median_ms
             metrics[side]["latency_interval_ms"] = [latencies[side].low_ms, latencies[side].high_ms]
+        metrics["run"]["latency"] = conditions(target, example, threads)
+        for layer, figures in zip(plan.layers, metrics["layers"], strict=True):
+            figures["form"] = layer.form
         dense.unlink()
         save_student(student, plan, folder)
         write_json(folder / "metrics.json", metrics)

@@ -148,7 +148,7 @@ def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path) -> flo
         "input_shape": json.dumps(plan.input_shape),
         "normalization": json.dumps(plan.normalization),
     }
-    export_onnx(model, example, path, metadata=metadata)
+    export_onnx(model, example, path, forms=plan.forms, metadata=metadata)
     probes = [
         torch.randn(count, *example.shape[1:], generator=torch.Generator().manual_seed(count)) for count in (1, 7)
     ]
