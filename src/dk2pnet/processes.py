@@ -1,15 +1,18 @@
-"""Several processes, as `accelerate launch` and `torchrun` start them: which one this is, and sums over all of them."""
+"""Several processes, as `accelerate launch` and `torchrun` start them: which one this is, and sums over all of them;
+and the processor that they run on."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["count", "is_main", "join", "rank", "sum_over_all", "wait"]
+__all__ = ["broadcast", "count", "is_main", "join", "processor", "rank", "sum_over_all", "wait"]
 
 
 def join(device: str) -> torch.device | None:
@@ -58,3 +61,14 @@ def sum_over_all(tensors: Iterable[Tensor]) -> None:
         dist.reduce(total, 0)
         dist.broadcast(total, 0)
         tensor.copy_(total)
+
+
+def processor() -> str:
+    """Its name, as the operating system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,11 +1,13 @@
 """The queue that spends a budget: worked by hand once, then by its properties."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dk2pnet.decompose.select import Candidate, cheapest, select, uniform
+from dk2pnet.decompose.select import Candidate, Option, cheapest, choose, select, uniform
 
 many = settings(deadline=None, max_examples=300)
 
@@ -206,3 +208,59 @@ def test_no_layers_no_plan():
     assert select({}, 10) == {}
     assert uniform({}, 2) == {}
     assert cheapest({}) == 0
+
+
+def test_options_worked_by_hand():
+    """Layer a: 8 -> 3 for 1 more, 3 -> 0 for 6 more; layer b: 4 -> 1 for 3 more. Per cost: 5, 1/2 and 1."""
+    options = {"a": [Option(1, 8), Option(2, 3), Option(8, 0)], "b": [Option(2, 4), Option(5, 1)]}
+    assert choose(options, 3) == {"a": 0, "b": 0}
+    assert choose(options, 4) == {"a": 1, "b": 0}
+    assert choose(options, 6.9) == {"a": 1, "b": 0}
+    assert choose(options, 7) == {"a": 1, "b": 1}
+    assert choose(options, 13) == {"a": 2, "b": 1}
+
+
+def test_an_option_off_the_hull_takes_what_is_left():
+    """On the hull there are costs 0 and 10 only; 4 is left, and the option of 3 is better than none."""
+    options = {"a": [Option(0, 10), Option(3, 8), Option(10, 0)]}
+    assert choose(options, 4) == {"a": 1}
+    assert choose(options, 10) == {"a": 2}
+
+
+some_options = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=5).map(
+    lambda pairs: [Option(*pair) for pair in pairs]
+)
+
+
+@many
+@given(st.lists(some_options, min_size=1, max_size=4), st.integers(0, 120))
+def test_options_keep_the_budget_and_leave_nothing_that_fits(layers, extra):
+    options = {str(number): layer for number, layer in enumerate(layers)}
+    budget = sum(min(option.cost for option in layer) for layer in layers) + extra
+    taken = {name: options[name][index] for name, index in choose(options, budget).items()}
+    left = budget - sum(option.cost for option in taken.values())
+    assert left >= 0
+    for name, layer in options.items():
+        here = taken[name]
+        assert not any(option.error < here.error and option.cost - here.cost <= left for option in layer)
+
+
+@many
+@given(st.lists(some_options, min_size=1, max_size=3), st.integers(0, 60))
+def test_where_the_queue_ends_on_the_hull_nothing_better_exists(layers, extra):
+    """The greedy walk is optimal for the budget that it spends exactly (the hull's guarantee)."""
+    options = {str(number): layer for number, layer in enumerate(layers)}
+    budget = sum(min(option.cost for option in layer) for layer in layers) + extra
+    taken = choose(options, budget)
+    cost = sum(options[name][index].cost for name, index in taken.items())
+    error = sum(options[name][index].error for name, index in taken.items())
+    best = min(
+        sum(option.error for option in combination)
+        for combination in itertools.product(*options.values())
+        if sum(option.cost for option in combination) <= budget
+    )
+    assert error >= best
+    # What greedy leaves on the table is at most one step of one layer.
+    largest = max(max(o.error for o in layer) - min(o.error for o in layer) for layer in layers)
+    assert error - best <= largest
+    assert cost <= budget

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dk2pnet.deploy.latency import _summary, compare_latency
-from dk2pnet.deploy.onnx import export_onnx
+from dk2pnet.deploy import latency
+from dk2pnet.deploy.latency import _summary, compare_latency, conditions, is_onnx
+from dk2pnet.deploy.onnx import export_onnx, onnx_bytes
 from dk2pnet.errors import InputError
 
 
@@ -18,9 +19,9 @@ def test_heavy_network_is_slower(tmp_path):
     paths = {name: tmp_path / f"{name}.onnx" for name in ("heavy", "light")}
     result = compare_latency(paths, example, threads=1, seconds=0.1)
     assert list(result) == ["heavy", "light"]
-    for latency in result.values():
-        assert 0 < latency.low_ms <= latency.median_ms <= latency.high_ms
-        assert latency.runs >= 15
+    for found in result.values():
+        assert 0 < found.low_ms <= found.median_ms <= found.high_ms
+        assert found.runs >= 15
     assert result["heavy"].low_ms > 2 * result["light"].high_ms
     assert compare_latency(paths, example.numpy(), threads=1, seconds=0, rounds_min=3)["light"].runs == 3
 
@@ -47,3 +48,73 @@ def test_bad_input(tmp_path):
         compare_latency({"none": tmp_path / "none.onnx"}, torch.randn(1, 3, 8, 8))
     with pytest.raises(InputError, match="does not take an input of shape"):
         compare_latency(paths, torch.randn(1, 2, 8, 8))
+
+
+def heavy_and_light():
+    torch.manual_seed(0)
+    return {
+        "heavy": nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 4, 3)).eval(),
+        "light": nn.Conv2d(3, 4, 3).eval(),
+    }
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "pytorch"])
+def test_every_target_sees_which_network_is_slower(target):
+    example = torch.randn(1, 3, 40, 40)
+    networks = heavy_and_light()
+    if is_onnx(target):
+        networks = {name: onnx_bytes(module, example) for name, module in networks.items()}
+    threads = torch.get_num_threads()
+    result = compare_latency(networks, example, target=target, threads=1, seconds=0.1)
+    assert result["heavy"].low_ms > result["light"].high_ms
+    assert torch.get_num_threads() == threads
+
+
+def test_each_network_may_have_an_input_of_its_own():
+    networks = {"a": onnx_bytes(nn.Conv2d(1, 2, 1), torch.zeros(1, 1, 4, 4)), "b": heavy_and_light()["light"]}
+    networks["b"] = onnx_bytes(networks["b"], torch.zeros(1, 3, 9, 9))
+    examples = {"a": torch.zeros(1, 1, 4, 4), "b": torch.zeros(1, 3, 9, 9)}
+    assert set(compare_latency(networks, examples, seconds=0, rounds_min=2)) == {"a", "b"}
+
+
+def test_it_ends_early_when_the_interval_is_tight():
+    networks = {"light": onnx_bytes(heavy_and_light()["light"], torch.zeros(1, 3, 9, 9))}
+    result = compare_latency(networks, torch.zeros(1, 3, 9, 9), threads=1, seconds=30, tight=1e9)
+    assert result["light"].runs == 15
+
+
+@pytest.mark.parametrize(
+    ("times", "noisy"), [([1.0] * 20, False), ([1.0] * 10 + [1.05] * 10, False), ([1.0] * 10 + [2.0] * 10, True)]
+)
+def test_an_unsteady_machine_is_seen(times, noisy):
+    assert _summary(times).noisy is noisy
+
+
+def test_what_is_wrong_with_a_target_is_said(monkeypatch):
+    example = torch.zeros(1, 3, 9, 9)
+    light = heavy_and_light()["light"]
+    with pytest.raises(InputError, match="target is 'tflite'; expected one of onnxruntime, openvino"):
+        compare_latency({"light": light}, example, target="tflite")
+    with pytest.raises(InputError, match="light is Conv2d; target onnxruntime expects an ONNX file"):
+        compare_latency({"light": light}, example)
+    with pytest.raises(InputError, match="light is bytes; target pytorch expects a module"):
+        compare_latency({"light": b""}, example, target="pytorch")
+    with pytest.raises(InputError, match="cannot be loaded by OpenVINO"):
+        compare_latency({"light": b"nonsense"}, example, target="openvino")
+    with pytest.raises(InputError, match="the network does not take an input of shape"):
+        compare_latency({"light": light}, torch.zeros(1, 2, 9, 9), target="pytorch")
+    monkeypatch.setattr(latency, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'dk2pnet\[openvino\]'"):
+        compare_latency({"light": b""}, example, target="openvino")
+
+
+def test_the_conditions_of_a_measurement():
+    facts = conditions("onnxruntime", torch.zeros(2, 3, 9, 9), 1)
+    assert {key: facts[key] for key in ("target", "threads", "batch", "input")} == {
+        "target": "onnxruntime",
+        "threads": 1,
+        "batch": 2,
+        "input": [3, 9, 9],
+    }
+    assert facts["onnxruntime"]
+    assert facts["processor"]

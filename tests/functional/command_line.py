@@ -1,7 +1,6 @@
 """How the tests run the commands, and what a run writes."""
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -13,8 +12,10 @@ from dataclasses import dataclass
 import pytest
 
 from dk2pnet import cli
+from dk2pnet.deploy import costs
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.pipelines import compress as pipeline
+from dk2pnet.pipelines import speed
 
 FILES = {"plan.json", "model.safetensors", "model.onnx", "metrics.json", "report.html", "recipe.yaml"}
 LOGS = {"log.jsonl", "tensorboard"}  # of a training
@@ -42,8 +43,12 @@ def here(*args, cwd):
         patch.chdir(cwd)
         patch.setenv("COLUMNS", "200")
         patch.setattr(sys, "argv", ["dk2pnet", *map(str, args)])
-        quick = functools.partial(compare_latency, seconds=0.02, rounds_min=2)
-        patch.setattr(pipeline, "compare_latency", quick)
+
+        def quick(*networks, **options):
+            return compare_latency(*networks, **options | {"seconds": 0.01, "rounds_min": 2})
+
+        for room in (pipeline, speed, costs):
+            patch.setattr(room, "compare_latency", quick)
         try:
             cli.main()
         except SystemExit as stop:

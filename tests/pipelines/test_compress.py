@@ -10,6 +10,7 @@ from torch import nn
 import dk2pnet
 from dk2pnet import InputError, compress, load_student, save_student
 from dk2pnet.convert import find_convolutions
+from dk2pnet.deploy import costs
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import divergence, macs, outputs_of, parameters, predict
 from dk2pnet.nets import lenet
@@ -55,9 +56,11 @@ def dk_layers(model):
 def no_timing(monkeypatch):
     from dk2pnet.deploy.latency import Latency
 
-    monkeypatch.setattr(
-        pipeline, "compare_latency", lambda paths, *_, **__: {name: Latency(1.0, 0.9, 1.1, 3) for name in paths}
-    )
+    def still(networks, *_, **__):
+        return {name: Latency(1.0, 0.9, 1.1, 3) for name in networks}
+
+    monkeypatch.setattr(pipeline, "compare_latency", still)
+    monkeypatch.setattr(costs, "compare_latency", still)
 
 
 # -- what it leaves alone ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ times kept for the next run on the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -156,14 +157,17 @@ class LatencyTable:
             temporary.write_text(text + "\n", encoding="utf-8")
             os.replace(temporary, self.path)
         except OSError:  # a cache that cannot be written is only slower
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def fastest_forms(layers: Mapping[str, tuple[DKConv2d, tuple[int, int]]], table: LatencyTable) -> dict[str, str]:
     """The fastest emitted form of every DK layer ``name: (layer, (H, W) of its input)``."""
-    sketches = {
-        name: {sketch_of(layer, form): form for form in reversed(EMITTED)} for name, (layer, _) in layers.items()
-    }
+    sketches: dict[str, dict[Sketch, str]] = {}
+    for name, (layer, _) in layers.items():
+        of_layer = sketches.setdefault(name, {})
+        for form in EMITTED:  # of equal ones the plainer
+            of_layer.setdefault(sketch_of(layer, form), form)
     wanted: dict[Spot, list[Sketch]] = {}
     spots = {name: Spot(layer, size) for name, (layer, size) in layers.items()}
     for name, of_layer in sketches.items():

@@ -6,19 +6,29 @@ machines; timed in turns (A B C A B C ...) they see the same one, and the median
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from dk2pnet.deploy.onnx import run_onnx, session
+from dk2pnet.deploy.onnx import session
 from dk2pnet.errors import InputError
+from dk2pnet.processes import processor
 
-__all__ = ["Latency", "compare_latency", "conditions", "is_onnx"]
+__all__ = ["TARGETS", "Latency", "check_target", "compare_latency", "conditions", "is_onnx"]
+
+TARGETS = ("onnxruntime", "openvino", "pytorch", "pytorch-compile", "cuda")
 
 # A sample shorter than this says more about the clock and the scheduler than about the network.
 SHORTEST_SAMPLE = 1e-3
@@ -39,17 +49,28 @@ class Latency:
     high_ms: float
     runs: int
 
+    @property
+    def half_width(self) -> float:
+        """Of the interval, relative to the median."""
+        return (self.high_ms - self.low_ms) / 2 / self.median_ms
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine was too unsteady for the median to be trusted to five percent."""
+        return self.half_width > 0.05
+
 
 def compare_latency(
-    networks: Mapping[str, str | Path | bytes],
+    networks: Mapping[str, str | Path | bytes | nn.Module],
     example: np.ndarray | Tensor | Mapping[str, np.ndarray | Tensor],
     *,
     target: str = "onnxruntime",
     threads: int | None = None,
     seconds: float = 2.0,
     rounds_min: int = 15,
+    tight: float = 0.005,
 ) -> dict[str, Latency]:
-    """Time ONNX files on the CPU with ONNX Runtime, taking turns.
+    """Time networks on one target, taking turns.
 
     Example::
 
@@ -58,33 +79,71 @@ def compare_latency(
     Parameters
     ----------
     networks
-        A name for each file, or for its content.
+        A name for each: an ONNX file or its content for the targets that read ONNX (`is_onnx`), else a module.
     example
         The input of every call, ``(B, C, H, W)``; one for all networks, or one for each name.
+    target
+        One of `TARGETS`.
     threads
-        Threads of each network (None: one per physical core).
+        Threads of each network (None: the runtime's own choice, one per core).
     seconds
-        How long to measure, per network, in seconds (untimed calls included); more when `rounds_min` turns take longer.
+        How long to measure at most, per network (untimed calls included); more when `rounds_min` turns take longer.
     rounds_min
         At least so many samples of each network.
+    tight
+        The measurement ends early when every interval's half width is within this fraction of its median.
 
     Raises
     ------
     InputError
-        When there is nothing to time, or a file cannot be loaded or run.
+        When there is nothing to time, the target is not known or not installed, or a network cannot be loaded or run.
     """
     if not networks or rounds_min < 1:
         raise InputError(
             f"nothing to time: {len(networks)} networks, rounds_min={rounds_min}; expected 1 or more of each"
         )
+    check_target(target)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; expected 1 or more")
     examples = example if isinstance(example, Mapping) else dict.fromkeys(networks, example)
-    calls = {name: _call(path, examples[name], threads) for name, path in networks.items()}
+    with _threads(target, threads):
+        calls = {name: _call(name, each, examples[name], target, threads) for name, each in networks.items()}
+        return _take_turns(calls, seconds, rounds_min, tight)
+
+
+def conditions(target: str, example: np.ndarray | Tensor, threads: int | None) -> dict[str, Any]:
+    """What a time depends on beside the network, for the record."""
+    package = {"onnxruntime": "onnxruntime", "openvino": "openvino"}.get(target, "torch")
+    shape = list(example.shape)
+    facts = {"target": target, package: version(package), "threads": threads, "batch": shape[0], "input": shape[1:]}
+    return facts | {"processor": processor()}
+
+
+def check_target(target: str) -> None:
+    """`InputError` where a target is not known, or cannot be had on this machine."""
+    if target not in TARGETS:
+        raise InputError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
+    if target == "openvino" and find_spec("openvino") is None:
+        raise InputError("target openvino needs the package openvino; install it with: pip install 'dk2pnet[openvino]'")
+    if target == "cuda" and not torch.cuda.is_available():
+        raise InputError("target cuda needs a GPU, and PyTorch finds none; choose another --target")
+
+
+def is_onnx(target: str) -> bool:
+    """Whether the target reads ONNX files (else it runs PyTorch modules)."""
+    return target in ("onnxruntime", "openvino")
+
+
+def _take_turns(
+    calls: Mapping[str, Callable[[], object]], seconds: float, rounds_min: int, tight: float
+) -> dict[str, Latency]:
     durations = {name: _warm_up(call) for name, call in calls.items()}
     untimed = {name: math.ceil(REFILL / duration) for name, duration in durations.items()}
     repeats = {name: math.ceil(SHORTEST_SAMPLE / duration) for name, duration in durations.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or min(map(len, samples.values())) < rounds_min:
+    rounds = 0
+    while rounds < rounds_min or time.perf_counter() < end:
         for name, call in calls.items():
             for _ in range(untimed[name]):
                 call()
@@ -92,19 +151,106 @@ def compare_latency(
             for _ in range(repeats[name]):
                 call()
             samples[name].append((time.perf_counter() - start) / repeats[name])
+        rounds += 1
+        if rounds >= rounds_min and rounds % 5 == 0:
+            found = [_summary(times) for times in samples.values()]
+            if all(each.half_width <= tight for each in found):
+                break
     return {name: _summary(times) for name, times in samples.items()}
 
 
-def _call(path: str | Path | bytes, example: np.ndarray | Tensor, threads: int | None) -> Callable[[], object]:
-    running = session(path, threads)
-    array = example.detach().cpu().numpy() if isinstance(example, Tensor) else example
+# -- targets ---------------------------------------------------------------------------------------------------------
+
+
+def _call(
+    name: str, network: str | Path | bytes | nn.Module, example: np.ndarray | Tensor, target: str, threads: int | None
+) -> Callable[[], object]:
+    if isinstance(network, nn.Module) == is_onnx(target):
+        expected = "an ONNX file or its content" if is_onnx(target) else "a module"
+        raise InputError(f"{name} is {type(network).__name__}; target {target} expects {expected}")
+    what = str(network) if isinstance(network, str | Path) else "the network"
+    if isinstance(network, nn.Module):
+        load = functools.partial(_in_pytorch, network, example, target)
+    elif target == "openvino":
+        load = functools.partial(_in_openvino, network, example, threads)
+    else:
+        load = functools.partial(_in_onnxruntime, network, example, threads)
+    call = load()
     try:
-        run_onnx(running, array)
+        call()
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        what = "the network" if isinstance(path, bytes) else path
-        raise InputError(f"{what} does not take an input of shape {tuple(array.shape)}: {reason}") from error
-    return lambda: run_onnx(running, array)
+        raise InputError(f"{what} does not take an input of shape {tuple(example.shape)}: {reason}") from error
+    return call
+
+
+def _array(example: np.ndarray | Tensor) -> np.ndarray:
+    return np.ascontiguousarray(example.detach().cpu().numpy() if isinstance(example, Tensor) else example)
+
+
+def _in_onnxruntime(
+    network: str | Path | bytes, example: np.ndarray | Tensor, threads: int | None
+) -> Callable[[], object]:
+    running, array = session(network, threads), _array(example)
+    name = running.get_inputs()[0].name
+    return lambda: running.run(None, {name: array})
+
+
+def _in_openvino(
+    network: str | Path | bytes, example: np.ndarray | Tensor, threads: int | None
+) -> Callable[[], object]:
+    import openvino
+
+    array = _array(example)
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    try:
+        model = core.read_model(network if isinstance(network, bytes) else str(network))
+        # As a deployed network has it: with the shape fixed, the compiler lays out memory once.
+        model.reshape(list(array.shape))
+        request = core.compile_model(model, "CPU", properties).create_infer_request()
+    except RuntimeError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise InputError(f"the network cannot be loaded by OpenVINO: {reason}") from error
+    request.set_input_tensor(openvino.Tensor(array, shared_memory=True))
+    return request.infer
+
+
+def _in_pytorch(network: nn.Module, example: np.ndarray | Tensor, target: str) -> Callable[[], object]:
+    device = torch.device("cuda" if target == "cuda" else "cpu")
+    try:
+        module = copy.deepcopy(network).eval().to(device)
+    except Exception as error:
+        raise InputError(f"{type(network).__name__} cannot be copied to time it ({error})") from error
+    x = example.detach() if isinstance(example, Tensor) else torch.from_numpy(example)
+    x = x.to(device)
+    if x.dim() == 4:  # the layout in which PyTorch's convolutions are fastest on processors and GPUs
+        x, module = x.to(memory_format=torch.channels_last), module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    function = torch.compile(module) if target == "pytorch-compile" else module
+
+    def call() -> object:
+        with torch.inference_mode():
+            output = function(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return output
+
+    return call
+
+
+@contextlib.contextmanager
+def _threads(target: str, threads: int | None) -> Iterator[None]:
+    """PyTorch has one number of threads for the whole process; it is put back."""
+    before = torch.get_num_threads()
+    if threads is not None and not is_onnx(target):
+        torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def _warm_up(call: Callable[[], object], calls: int = 5) -> float:
@@ -133,17 +279,3 @@ def _summary(times: Sequence[float]) -> Latency:
         left_out += 1
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
     return Latency(1e3 * middle, 1e3 * ordered[left_out], 1e3 * ordered[n - 1 - left_out], n)
-
-
-def conditions(target: str, example: np.ndarray | Tensor, threads: int | None) -> dict:
-    """shim"""
-    return {"target": target, "threads": threads}
-
-
-def is_onnx(target: str) -> bool:
-    """shim"""
-    return target in ("onnxruntime", "openvino")
-
-
-def check_target(target: str) -> None:
-    """shim"""

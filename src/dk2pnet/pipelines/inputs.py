@@ -16,7 +16,7 @@ from dk2pnet.data import ImageData, Normalization, UserBatches, has_split, load
 from dk2pnet.errors import InputError
 from dk2pnet.models import check_finite, default_input_size, default_normalization, load_weights, make_network
 from dk2pnet.plan import Plan
-from dk2pnet.processes import join
+from dk2pnet.processes import join, processor
 from dk2pnet.student import is_saved, load_student
 
 __all__ = [
@@ -138,20 +138,10 @@ def environment(device: torch.device) -> dict[str, dict[str, Any]]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    hardware: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(device)}
+    hardware: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "device": str(device)}
     if device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(device)
     return {"versions": versions, "hardware": hardware}
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def example_of(data: ImageData | UserBatches, normalization: Normalization | None) -> Tensor:
