@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 from demo import HEADER as demo_header
 from demo import table_rows as demo_rows
@@ -189,6 +190,95 @@ def scratch() -> str:
     return markdown_table(("network", "epochs", "accuracy %", "images/s (CPU threads)"), rows)
 
 
+def layers() -> str:
+    """Medians over the grid of measured over promised speed-up, best form of each layer."""
+    rows = []
+    found = read("layers")["rows"]
+    for target in dict.fromkeys(row["target"] for row in found):
+        for threads in sorted({row["threads"] for row in found}):
+            for batch in sorted({row["batch"] for row in found}):
+                grid = [r for r in found if (r["target"], r["threads"], r["batch"]) == (target, threads, batch)]
+                if grid:
+                    rows.append((target, str(threads), str(batch), *_shares(grid)))
+        grid = [row for row in found if row["target"] == target]
+        rows.append((target, "all", "all", *_shares(grid)))
+    header = ("target", "threads", "batch", "1 kernel", "2 kernels", "3 kernels", "all", "multiplier form", "layers")
+    return markdown_table(header, rows)
+
+
+def _shares(grid: list[dict]) -> list[str]:
+    forms = ("branches", "concat", "gathered")
+    by_kernels: dict[str, list[float]] = {"1": [], "2": [], "3": []}
+    multiplier = []
+    for row in grid:
+        for kernels, times in row["kernels"].items():
+            by_kernels[kernels].append(max(times[form] for form in forms if form in times) / times["promised"])
+            multiplier.append(times["multiplier"] / times["promised"])
+    every = [share for shares in by_kernels.values() for share in shares]
+    return [*(f"{median(each):.2f}" for each in (*by_kernels.values(), every, multiplier)), str(len(grid))]
+
+
+def layers_by_shape() -> str:
+    """One thread, batch 1, ONNX Runtime: measured speed-up of the best form, promised in brackets."""
+    rows = []
+    for row in read("layers")["rows"]:
+        if (row["target"], row["threads"], row["batch"]) == ("onnxruntime", 1, 1):
+            cells = []
+            for times in row["kernels"].values():
+                form = max(("branches", "concat", "gathered"), key=lambda form: times.get(form, 0))
+                cells.append(f"{times[form]:.1f}x ({times['promised']:.1f}x)")
+            wide = row["channels"]
+            rows.append((f"{wide} at {row['size']} x {row['size']}", f"{row['dense_ms']:.3f}", *cells))
+    return markdown_table(("channels", "dense ms", "1 kernel", "2 kernels", "3 kernels"), rows)
+
+
+def networks() -> str:
+    rows = []
+    for row in read("networks")["rows"]:
+        budget = f"{row['budget']:g}"
+        if "refused" in row:
+            rows.append((row["model"], str(row["threads"]), budget, row["refused"], *["–"] * 5))
+            continue
+        rows.append(
+            (
+                row["model"],
+                str(row["threads"]),
+                budget,
+                f"{row['latency']:.3f}",
+                f"{row['teacher_ms']:.1f} -> {row['student_ms']:.1f}",
+                f"{1 / row['latency']:.2f}x",
+                f"{1 / row['macs_kept']:.2f}x",
+                f"{row['decomposed']} of {row['decomposed'] + row['dense']}",
+                f"{row['seconds']:.0f} s",
+            )
+        )
+    header = ("network", "threads", "budget", "measured", "ms", "time cut", "MACs cut", "DK layers", "whole run")
+    return markdown_table(header, rows)
+
+
+def latency_budget(model: str) -> Callable[[], str]:
+    def table() -> str:
+        rows = []
+        for row in sorted(
+            read(f"latency_budget-{model}")["rows"], key=lambda r: (-r["fraction"], r["seed"], r["kind"])
+        ):
+            rows.append(
+                (
+                    row["budget"],
+                    str(row["threads"]),
+                    str(row["seed"]),
+                    f"{row['latency']:.3f}",
+                    f"{row['macs_kept']:.3f}",
+                    f"{row['accuracy']:.2f}",
+                    f"{row['accuracy'] - row['teacher_accuracy']:+.2f}",
+                )
+            )
+        header = ("budget", "threads", "seed", "measured latency", "MACs kept", "accuracy %", "points from the teacher")
+        return markdown_table(header, rows)
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "criteria-resnet32": criteria("resnet32"),
@@ -202,6 +292,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "processes": processes,
     "kills": kills,
     "scratch": scratch,
+    "layers": layers,
+    "layers-by-shape": layers_by_shape,
+    "networks": networks,
+    "latency_budget-resnet32": latency_budget("resnet32"),
 }
 
 

@@ -6,7 +6,18 @@ from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d, set_form
 from dk2pnet.plan import Budget, Plan
 
-__all__ = ["Budget", "DKConv2d", "InputError", "Plan", "Result", "compress", "load_student", "save_student", "set_form"]
+__all__ = [
+    "Budget",
+    "DKConv2d",
+    "InputError",
+    "Plan",
+    "Result",
+    "compress",
+    "load_student",
+    "plain_model",
+    "save_student",
+    "set_form",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -19,4 +30,8 @@ def __getattr__(name: str) -> object:
         from dk2pnet import student
 
         return getattr(student, name)
+    if name == "plain_model":
+        from dk2pnet.deploy import emit
+
+        return emit.plain_model
     raise AttributeError(f"module 'dk2pnet' has no attribute {name!r}")

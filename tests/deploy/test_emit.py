@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import nn
 
+import dk2pnet
 from dk2pnet.deploy.emit import BLOCK, EMITTED, branches_of, emit_nodes, plain_layer, with_plain_layers
 from dk2pnet.deploy.onnx import multiplier_convolutions
 from dk2pnet.errors import InputError
@@ -115,6 +116,15 @@ def test_a_shared_layer_stays_shared_and_names_choose_forms():
     assert net[0] is net[1]
     assert isinstance(net[2], nn.Conv2d)
     assert isinstance(with_plain_layers(DKConv2d(4, 4, 3), {"": "folded"}), nn.Conv2d)
+
+
+def test_a_plain_model_is_a_copy_without_dk_layers():
+    net = nn.Sequential(DKConv2d(4, 4, 3, counts=2), nn.ReLU(), DKConv2d(4, 4, 3, counts=[2, 2, 0, 1]))
+    plain = dk2pnet.plain_model(net, {"0": "folded", "2": "filled"})
+    assert not any(isinstance(module, DKConv2d) for module in plain.modules())
+    assert isinstance(net[0], DKConv2d)
+    x = torch.randn(2, 4, 9, 9)
+    torch.testing.assert_close(plain(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_form_is_refused():

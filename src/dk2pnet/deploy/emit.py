@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from dk2pnet.convert import replace_modules
+from dk2pnet.convert import copy_model, replace_modules
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 
@@ -39,6 +39,7 @@ __all__ = [
     "concatenated",
     "emit_nodes",
     "plain_layer",
+    "plain_model",
     "with_plain_layers",
 ]
 
@@ -152,6 +153,14 @@ def with_plain_layers(model: nn.Module, forms: Mapping[str, str] | None = None) 
     }
     replace_modules(model, layers)
     return model
+
+
+def plain_model(model: nn.Module, forms: Mapping[str, str] | None = None) -> nn.Module:
+    """A copy of `model` on the CPU, in evaluation mode, that computes the same with plain PyTorch layers only.
+
+    Example: ``plain_model(result.model, result.plan.forms)`` is what ``--target pytorch`` timed.
+    """
+    return with_plain_layers(copy_model(model).cpu().eval(), forms)
 
 
 def plain_layer(layer: DKConv2d, form: str) -> nn.Module:

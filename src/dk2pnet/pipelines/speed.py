@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dk2pnet.convert import Convolution, copy_model
+from dk2pnet.convert import Convolution
 from dk2pnet.decompose.select import Option, choose
 from dk2pnet.deploy.costs import DENSE, LatencyTable, Sketch, Spot, fastest_forms, gathered
-from dk2pnet.deploy.emit import BLOCK, NEARLY_ALL, with_plain_layers
+from dk2pnet.deploy.emit import BLOCK, NEARLY_ALL, plain_model
 from dk2pnet.deploy.latency import compare_latency, is_onnx
 from dk2pnet.deploy.onnx import onnx_bytes
 from dk2pnet.errors import InputError
@@ -175,7 +175,7 @@ def deployable(model: nn.Module, example: Tensor, target: str, forms: Mapping[st
     """`model` as `compare_latency` takes it: content of an ONNX file, or a module of plain layers."""
     if is_onnx(target):
         return onnx_bytes(model, example, forms=forms)
-    return with_plain_layers(copy_model(model).cpu().eval(), forms)
+    return plain_model(model, forms)
 
 
 def _distance(measured: float, fraction: float) -> float:

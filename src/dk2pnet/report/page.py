@@ -118,7 +118,8 @@ def _energy(value: float | None) -> str:
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What somebody needs to know to repeat the run, as (name, value)."""
     facts = [(key, str(run[key])) for key in ("seed", "criterion", "budget") if run.get(key) is not None]
-    for key, write in (("images", format_count), ("seconds", _number), ("versions", str), ("hardware", str)):
+    told = (("images", format_count), ("seconds", _number), ("latency", str), ("versions", str), ("hardware", str))
+    for key, write in told:
         if run.get(key):
             facts.append((key, ", ".join(f"{name} {write(value)}" for name, value in run[key].items())))
     return facts

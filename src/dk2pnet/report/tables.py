@@ -115,6 +115,8 @@ def layer_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             done = f"kernels {format_count(layer.get('kernels'))}"
             if layer.get("branches"):
                 done += f" in branches {'+'.join(map(str, layer['branches']))}"
+            if layer.get("form"):
+                done += f", {layer['form']}"
         else:
             done = layer.get("reason") or "dense"
         rows.append((layer["name"], done, f"{format_count(layer['macs_dense'])} -> {format_count(layer['macs'])}"))
