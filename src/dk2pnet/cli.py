@@ -109,8 +109,12 @@ def compress(
     ] = "macs=0.44",
     target: Annotated[
         str,
-        typer.Option(help="Where it will run and is timed: onnxruntime, openvino, pytorch, pytorch-compile or cuda."),
+        typer.Option(
+            help="Where it runs and is timed: onnxruntime, onnxruntime-int8, openvino, pytorch, pytorch-compile, cuda."
+        ),
     ] = "onnxruntime",
+    int8: Annotated[bool, typer.Option("--int8", help="Also write model.int8.onnx, and compare it.")] = False,
+    pt2: Annotated[bool, typer.Option("--pt2", help="Also write model.pt2 (torch.export).")] = False,
     criterion: Annotated[str, typer.Option(help="loss, response or weight (needs no images).")] = "loss",
     keep: Annotated[
         list[str] | None,
@@ -145,7 +149,7 @@ def compress(
 ) -> None:
     """Compress a trained CNN: a smaller network as safetensors and ONNX, with a report of what was gained and lost."""
     from dk2pnet.pipelines.compress import compress as run
-    from dk2pnet.report.tables import comparison_rows, rich_table
+    from dk2pnet.report.tables import INT8_HEADER, comparison_rows, int8_rows, rich_table
 
     with _progress() as progress:
         result = run(
@@ -175,6 +179,8 @@ def compress(
             device=device,
             threads=threads,
             target=target,
+            int8=int8,
+            pt2=pt2,
             out=out,
             overwrite=overwrite,
             command=_command(),
@@ -184,13 +190,17 @@ def compress(
         return
     console.print(result.plan.summary(), highlight=False, soft_wrap=True)
     console.print(rich_table("", ("", "teacher", "student", "change"), comparison_rows(result.metrics)))
+    if result.metrics.get("int8"):
+        console.print(rich_table("", INT8_HEADER, int8_rows(result.metrics)))
     for decision in result.metrics["decisions"]:
         console.print(
             f"{decision['what']}: {decision['measure']} {decision['before']:.4g} -> {decision['after']:.4g}, "
             f"{'kept' if decision['kept'] else 'not kept'}",
             highlight=False,
         )
-    console.print(f"Written to {out}: model.safetensors, plan.json, model.onnx, report.html, metrics.json, recipe.yaml")
+    written = ["model.safetensors", "plan.json", "model.onnx"]
+    written += ["model.int8.onnx"] * ("int8" in result.metrics) + ["model.pt2"] * pt2
+    console.print(f"Written to {out}: {', '.join(written)}, report.html, metrics.json, recipe.yaml")
 
 
 @app.command()

@@ -198,6 +198,38 @@ def test_overwrite_replaces_an_earlier_run(place):
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
 
 
+def test_a_latency_budget_int8_and_pt2(place):
+    """At 8 x 8 pixels nothing is gained; what is asked here is that the files and figures are those of the run."""
+    options = ["--budget", "latency=1", "--criterion", "response", "--threads", 1, "--int8", "--pt2"]
+    answer = works(here, *HALF[:-2], *options, "--out", "quick", cwd=place)
+    assert {path.name for path in (place / "quick").iterdir()} == FILES | {"model.int8.onnx", "model.pt2"}
+    metrics = figures(place / "quick")
+    assert metrics["run"]["budget"] == "latency=1"
+    assert metrics["latency_search"]
+    assert metrics["run"]["latency"]["threads"] == 1
+    assert metrics["student"]["pt2_difference"] < 1e-4
+    rows = {(row["network"], row["numbers"]): row for row in metrics["int8"]}
+    assert len(rows) == 4
+    for network in ("teacher", "student"):
+        fp32, int8 = rows[network, "fp32"], rows[network, "int8"]
+        assert fp32["accuracy"] == pytest.approx(metrics[network]["accuracy"], abs=0.3)
+        assert abs(int8["accuracy"] - fp32["accuracy"]) < 5
+    assert (place / "quick/model.int8.onnx").stat().st_size == rows["student", "int8"]["bytes"]
+    found = works(here, "evaluate", "--model", "quick/model.int8.onnx", "--data", "digits", cwd=place)
+    assert accuracy_in(found) == pytest.approx(rows["student", "int8"]["accuracy"], abs=0.01)
+    assert "int8" in answer.out
+    assert "With int8" in (place / "quick/report.html").read_text(encoding="utf-8")
+    program = torch.export.load(place / "quick/model.pt2").module()
+    assert program(torch.zeros(5, 1, 8, 8)).shape == (5, 10)
+
+
+def test_another_target_is_timed_there(place):
+    works(here, *HALF, "--criterion", "weight", "--target", "pytorch", "--threads", 1, "--out", "eager", cwd=place)
+    metrics = figures(place / "eager")
+    assert metrics["run"]["latency"]["target"] == "pytorch"
+    assert metrics["student"]["latency_ms"] > 0
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +283,16 @@ BAD = {
     "unknown network": (["compress", "--model", "resnet21", "--data", "digits"], ["resnet21", "resnet20"]),
     "unknown data": ([*TEACHER[:3], "--data", "digitz"], ["digitz", "digits"]),
     "data folder that does not exist": ([*TEACHER[:3], "--data", "./no/such"], ["no/such", "exist"]),
+    "latency above 1": ([*TEACHER, "--budget", "latency=2"], ["latency=2", "0 < F <= 1"]),
+    "unreachable latency": (
+        [*TEACHER, "--budget", "latency=0.001"],
+        ["cannot be reached", "at least"],
+    ),
+    "unknown target": ([*TEACHER, "--target", "npu"], ["'npu'", "onnxruntime", "openvino"]),
+    "int8 without images": (
+        ["compress", "--model", "teacher", "--criterion", "weight", "--int8"],
+        ["int8", "--data"],
+    ),
     "unknown criterion": ([*TEACHER, "--criterion", "magic"], ["magic", "loss", "response", "weight"]),
     "criterion without images": (["compress", "--model", "teacher"], ["'loss'", "--data"]),
     "unknown pattern": ([*TEACHER, "--keep", "backbone.*"], ["backbone.*", "features.3"]),

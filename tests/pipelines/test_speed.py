@@ -132,6 +132,12 @@ def test_a_budget_that_cannot_be_reached_says_what_can(tmp_path, clock):
         spent(0.05, tmp_path)
 
 
+def test_the_whole_time_is_always_within_reach(tmp_path, clock):
+    clock.factor = 100.0  # whatever is decomposed is far too slow
+    found = spent(1.0, tmp_path)
+    assert found.measured <= 1.05
+
+
 def test_a_larger_budget_keeps_more_kernels(tmp_path, clock):
     sums = []
     for fraction in (0.45, 0.6, 0.8):

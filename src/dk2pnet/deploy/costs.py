@@ -22,6 +22,7 @@ from torch import nn
 from dk2pnet.deploy.emit import BLOCK, EMITTED, Branch, PlainLayer, branches_of, concatenated
 from dk2pnet.deploy.latency import compare_latency, conditions, is_onnx
 from dk2pnet.deploy.onnx import onnx_bytes
+from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.layer import DKConv2d
 
 __all__ = ["DENSE", "LatencyTable", "Sketch", "Spot", "fastest_forms", "gathered", "sketch_of"]
@@ -218,7 +219,10 @@ def _network(spot: Spot, sketch: Sketch, target: str) -> bytes | nn.Module:
         )
     before = nn.Conv2d(1, conv.in_channels, 1)
     network = nn.Sequential(before, nn.ReLU(), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
-    return onnx_bytes(network, torch.zeros(1, 1, *spot.size)) if is_onnx(target) else network
+    if not is_onnx(target):
+        return network
+    content = onnx_bytes(network, torch.zeros(1, 1, *spot.size))
+    return quantize_onnx(content, [numbers(1, 1, *spot.size)]) if target == "onnxruntime-int8" else content
 
 
 def _cache() -> Path:

@@ -28,7 +28,7 @@ from dk2pnet.processes import processor
 
 __all__ = ["TARGETS", "Latency", "check_target", "compare_latency", "conditions", "is_onnx"]
 
-TARGETS = ("onnxruntime", "openvino", "pytorch", "pytorch-compile", "cuda")
+TARGETS = ("onnxruntime", "onnxruntime-int8", "openvino", "pytorch", "pytorch-compile", "cuda")
 
 # A sample shorter than this says more about the clock and the scheduler than about the network.
 SHORTEST_SAMPLE = 1e-3
@@ -79,7 +79,8 @@ def compare_latency(
     Parameters
     ----------
     networks
-        A name for each: an ONNX file or its content for the targets that read ONNX (`is_onnx`), else a module.
+        A name for each: an ONNX file or its content for the targets that read ONNX (`is_onnx`; already quantised for
+        ``onnxruntime-int8``), else a module.
     example
         The input of every call, ``(B, C, H, W)``; one for all networks, or one for each name.
     target
@@ -113,7 +114,7 @@ def compare_latency(
 
 def conditions(target: str, example: np.ndarray | Tensor, threads: int | None) -> dict[str, Any]:
     """What a time depends on beside the network, for the record."""
-    package = {"onnxruntime": "onnxruntime", "openvino": "openvino"}.get(target, "torch")
+    package = target.removesuffix("-int8") if is_onnx(target) else "torch"
     shape = list(example.shape)
     facts = {"target": target, package: version(package), "threads": threads, "batch": shape[0], "input": shape[1:]}
     return facts | {"processor": processor()}
@@ -131,7 +132,7 @@ def check_target(target: str) -> None:
 
 def is_onnx(target: str) -> bool:
     """Whether the target reads ONNX files (else it runs PyTorch modules)."""
-    return target in ("onnxruntime", "openvino")
+    return target in ("onnxruntime", "onnxruntime-int8", "openvino")
 
 
 def _take_turns(

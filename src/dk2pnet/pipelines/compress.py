@@ -24,7 +24,7 @@ from dk2pnet.convert import Convolution, convert, copy_model, find_convolutions,
 from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_split, split_training
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.deploy.costs import LatencyTable
-from dk2pnet.deploy.latency import check_target, compare_latency, conditions, is_onnx
+from dk2pnet.deploy.latency import check_target, compare_latency, conditions
 from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
@@ -40,6 +40,7 @@ from dk2pnet.measure import (
     predict,
 )
 from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
+from dk2pnet.pipelines.extras import PT2, write_int8, write_pt2
 from dk2pnet.pipelines.fit import fit
 from dk2pnet.pipelines.folders import (
     check_out,
@@ -125,6 +126,8 @@ def compress(
     device: str = "auto",
     threads: int | None = None,
     target: str = "onnxruntime",
+    int8: bool = False,
+    pt2: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     command: str | None = None,
@@ -144,6 +147,7 @@ def compress(
     budget : ``macs=F``, ``params=F`` or measured ``latency=F`` (fraction of the whole network's) or ``kernels=K`` (per
         input channel)
     target : where the student will run and where time is measured, see `deploy.latency.TARGETS`
+    int8, pt2 : also write model.int8.onnx (with a comparison in the report), or model.pt2 (a `torch.export` program)
     criterion : ``weight`` (needs no images), ``response`` (images) or ``loss`` (images and a classifier)
     data : name of a data set, a folder, or a re-iterable of normalised batches ``x`` or ``(x, y)``, x (B, C, H, W)
     weights : file with the weights of a named network, or "pretrained"
@@ -175,6 +179,7 @@ def compress(
             "expected at least 2 images, memory above 0 and no negative epochs"
         )
     check_target(target)
+    int8 = int8 or target == "onnxruntime-int8"
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
     clock = _Clock()
@@ -209,6 +214,8 @@ def compress(
     if images is None and (CRITERIA[criterion][0] or epochs):
         what = f"criterion {criterion!r}" if CRITERIA[criterion][0] else "training"
         raise InputError(f"{what} needs images and none were given; give --data, or use --criterion weight --epochs 0")
+    if images is None and int8:
+        raise InputError("int8 needs images to calibrate on and none were given; give --data, or leave --int8 away")
     example = _example(example_input, images, network, input_size).to(chosen)
     _check_output(teacher, example, criterion)
     teacher_held = None
@@ -307,6 +314,8 @@ def compress(
                 folder,
                 threads,
                 target,
+                images if int8 else None,
+                pt2,
                 clock,
                 progress,
             )
@@ -679,6 +688,8 @@ def _write(
     logs: Path | None,
     threads: int | None,
     target: str,
+    int8: _Images | None,
+    pt2: bool,
     clock: _Clock,
     progress: Progress,
 ) -> None:
@@ -700,7 +711,7 @@ def _write(
         progress("measuring latency", 0, 0)
         paths = {"teacher": dense, "student": folder / "model.onnx"}
         networks: Mapping[str, Any] = paths
-        if not is_onnx(target):
+        if target != "onnxruntime" and target != "openvino":
             networks = {
                 "teacher": deployable(teacher, example, target),
                 "student": deployable(student, example, target, plan.forms),
@@ -714,6 +725,14 @@ def _write(
         metrics["run"]["latency"] = conditions(target, example, threads)
         for layer, figures in zip(plan.layers, metrics["layers"], strict=True):
             figures["form"] = layer.form
+        if int8 is not None:
+            with clock("int8"):
+                metrics["int8"] = write_int8(
+                    paths, folder, int8.gather, int8.held_out, int8.test, example, threads, progress
+                )
+        if pt2:
+            with clock("pt2"):
+                metrics["student"]["pt2_difference"] = write_pt2(student, plan.forms, example, folder / PT2)
         dense.unlink()
         save_student(student, plan, folder)
         write_json(folder / "metrics.json", metrics)

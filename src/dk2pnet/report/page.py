@@ -18,9 +18,11 @@ from matplotlib.patches import Patch
 
 from dk2pnet.report.tables import (
     DASH,
+    INT8_HEADER,
     change,
     comparison_rows,
     format_count,
+    int8_rows,
     is_missing,
     layer_rows,
     numeric_columns,
@@ -54,6 +56,8 @@ def write_page(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> None
             (d["what"], d["measure"], _number(d["before"]), _number(d["after"]), "kept" if d["kept"] else "not kept")
             for d in metrics.get("decisions", ())
         ],
+        int8_header=INT8_HEADER,
+        int8=int8_rows(metrics),
         charts=_charts(metrics.get("layers", ())),
         layers=[
             (

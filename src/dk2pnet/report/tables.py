@@ -12,9 +12,11 @@ from rich.text import Text
 
 __all__ = [
     "DASH",
+    "INT8_HEADER",
     "change",
     "comparison_rows",
     "format_count",
+    "int8_rows",
     "is_missing",
     "layer_rows",
     "markdown_table",
@@ -105,6 +107,24 @@ def comparison_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str
             teacher, student = (DASH if is_missing(value) else write(value) for value in pair)
             rows.append((name, teacher, student, change(key, *pair)))
     return rows
+
+
+INT8_HEADER = ("network", "numbers", "accuracy", "agreement", "file size", "latency")
+
+
+def int8_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Teacher and student, in fp32 and in int8: one row each under `INT8_HEADER`."""
+    return [
+        (
+            row["network"],
+            row["numbers"],
+            percent(row["accuracy"]),
+            percent(row["agreement"]),
+            _bytes(row["bytes"]),
+            _milliseconds(row["latency_ms"]),
+        )
+        for row in metrics.get("int8", ())
+    ]
 
 
 def layer_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
