@@ -279,6 +279,42 @@ def latency_budget(model: str) -> Callable[[], str]:
     return table
 
 
+def int8(model: str) -> Callable[[], str]:
+    def table() -> str:
+        rows = []
+        data = read(f"int8-{model}")["networks"]
+        for found in data:
+            dense = next(row for row in found["rows"] if (row["network"], row["numbers"]) == ("teacher", "fp32"))
+            for row in found["rows"]:
+                if row["network"] == "teacher" and found is not data[0]:
+                    continue
+                what = "dense" if row["network"] == "teacher" else f"DK, {found['budget']} for {found['target']}"
+                rows.append(
+                    (
+                        what,
+                        row["numbers"],
+                        f"{row['accuracy']:.2f}",
+                        f"{row['bytes'] / 1024:.0f} KiB",
+                        f"{row['latency_ms'] / dense['latency_ms']:.3f}",
+                    )
+                )
+        return markdown_table(("network", "numbers", "accuracy %", "file", "time (dense fp32 = 1)"), rows)
+
+    return table
+
+
+def int8_layers(model: str) -> Callable[[], str]:
+    def table() -> str:
+        rows = []
+        for row in read(f"int8-{model}")["layers"]:
+            cells = [f"{row[t][k]:.2f}" for t in ("onnxruntime", "onnxruntime-int8") for k in ("1", "2", "3")]
+            rows.append((f"{row['channels']} at {row['size']} x {row['size']}", *cells))
+        header = [f"{numbers}: {k} kernel{'s' * (k > 1)}" for numbers in ("fp32", "int8") for k in (1, 2, 3)]
+        return markdown_table(("channels", *header), rows)
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "criteria-resnet32": criteria("resnet32"),
@@ -296,6 +332,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers-by-shape": layers_by_shape,
     "networks": networks,
     "latency_budget-resnet32": latency_budget("resnet32"),
+    "int8-resnet32": int8("resnet32"),
+    "int8-layers": int8_layers("resnet32"),
 }
 
 
