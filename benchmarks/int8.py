@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--normalize", default="imagenet")
-    parser.add_argument("--budgets", nargs="+", default=["latency=0.6"])
+    parser.add_argument("--budgets", nargs="+", default=["latency=0.6", "latency=0.8"])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -55,32 +55,36 @@ def main() -> None:
         for budget in options.budgets:
             if any((row["target"], row["budget"]) == (target, budget) for row in result["networks"]):
                 continue
-            with tempfile.TemporaryDirectory() as folder:
-                metrics = dk2pnet.compress(
-                    options.model,
-                    budget,
-                    "loss",
-                    options.data,
-                    weights=options.weights,
-                    normalize=options.normalize,
-                    data_dir=options.data_dir,
-                    threads=options.threads,
-                    target=target,
-                    int8=True,
-                    out=Path(folder) / "out",
-                ).metrics
-            result["networks"].append(
-                {
-                    "target": target,
-                    "budget": budget,
-                    "threads": options.threads,
-                    "macs_kept": metrics["student"]["macs"] / metrics["teacher"]["macs"],
-                    "dk_layers": sum(layer["kind"] == "dk" for layer in metrics["layers"]),
-                    "rows": metrics["int8"],
-                }
-            )
+            row = {"target": target, "budget": budget, "threads": options.threads}
+            try:
+                row |= compressed(options, budget, target)
+            except dk2pnet.InputError as error:
+                row["refused"] = str(error)
+            result["networks"].append(row)
             save()
             print(result["networks"][-1], flush=True)
+
+
+def compressed(options: argparse.Namespace, budget: str, target: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = dk2pnet.compress(
+            options.model,
+            budget,
+            "loss",
+            options.data,
+            weights=options.weights,
+            normalize=options.normalize,
+            data_dir=options.data_dir,
+            threads=options.threads,
+            target=target,
+            int8=True,
+            out=Path(folder) / "out",
+        ).metrics
+    return {
+        "macs_kept": metrics["student"]["macs"] / metrics["teacher"]["macs"],
+        "dk_layers": sum(layer["kind"] == "dk" for layer in metrics["layers"]),
+        "rows": metrics["int8"],
+    }
 
 
 def layers(threads: int) -> list[dict[str, Any]]:

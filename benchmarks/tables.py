@@ -284,6 +284,9 @@ def int8(model: str) -> Callable[[], str]:
         rows = []
         data = read(f"int8-{model}")["networks"]
         for found in data:
+            if "refused" in found:
+                rows.append((f"{found['budget']} for {found['target']}", "refused: " + found["refused"], *["–"] * 3))
+                continue
             dense = next(row for row in found["rows"] if (row["network"], row["numbers"]) == ("teacher", "fp32"))
             for row in found["rows"]:
                 if row["network"] == "teacher" and found is not data[0]:

@@ -121,7 +121,8 @@ def make_plan(
             kept = sum(float(row[: int(n)].sum()) for row, n in zip(spectrum_, count, strict=True))
             layer.energy_kept = kept / max(float(spectrum_.sum()), 1e-300)
         elif not site.reason:
-            layer.reason = "dominant kernels would not be cheaper"
+            latency = budget.kind == "latency"
+            layer.reason = "its time is better spent dense" if latency else "dominant kernels would not be cheaper"
         plan.macs += layer.macs - layer.macs_dense
         plan.parameters += layer.parameters - layer.parameters_dense
         plan.layers.append(layer)
