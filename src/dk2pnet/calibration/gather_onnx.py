@@ -158,7 +158,7 @@ def reconstruct_onnx(
         if counts is not None and bool(torch.isfinite(A).all()) and bool(torch.isfinite(both).all()):
             problem = Problem(conv.weight, counts[site.name], A, None, conv.groups, target=weight @ both)
             layer = layer_of(site, solve_many([problem])[0])
-        folded = layer.fold().detach().double().view_as(weight)
+        folded = layer.fold().detach().double().reshape(weight.shape)
         shift = (weight @ mean_teacher.unsqueeze(2) - folded @ mean_student.unsqueeze(2)).flatten()
         bias = shift if conv.bias is None else conv.bias.double() + shift
         if bool(torch.isfinite(bias).all()):

@@ -101,5 +101,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose onnx.py would be found in the place of the package
     _limit_memory()
     main(Path(sys.argv[1]))
