@@ -257,13 +257,15 @@ def _take_external(tensor: TensorProto, path: Path) -> None:
         raise InputError(
             f"{what}, outside the folder of the ONNX file, which is not read; put the data beside the file"
         )
+    if os.path.exists(found) and not os.path.isfile(found):
+        raise InputError(f"{what}, which is no file; put the data beside the file")
     try:
         size = os.path.getsize(found)
         offset = int(facts.get("offset", 0))
         length = int(facts.get("length", size - offset))
     except (OSError, ValueError) as error:
         raise InputError(f"{what}, which cannot be read ({error}); put the data beside the file") from error
-    if not os.path.isfile(found) or offset < 0 or length < 0 or offset + length > size or length > _LARGEST:
+    if offset < 0 or length < 0 or offset + length > size or length > _LARGEST:
         raise InputError(f"{what} from byte {offset} on, {length} bytes, but that file has {size}; fetch it again")
     with open(found, "rb") as file:
         file.seek(offset)
