@@ -7,8 +7,9 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dk2pnet.errors import InputError
+from dk2pnet.plan import Plan
 from dk2pnet.processes import is_main
 
 __all__ = ["app", "main"]
@@ -56,7 +58,8 @@ def _read_recipe(context: typer.Context, value: Path | None) -> Path | None:
 Model = Annotated[
     str,
     typer.Option(
-        help="resnet20 ... resnet110, vgg8, lenet, torchvision/NAME, timm/NAME, FILE.py:FUNCTION or an OUT folder."
+        help="resnet20 ... resnet110, vgg8, lenet, torchvision/NAME, timm/NAME, FILE.py:FUNCTION, an OUT folder, or "
+        "(compress) an .onnx file."
     ),
 ]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")]
@@ -98,7 +101,13 @@ def compress(
     context: typer.Context,
     model: Model,
     out: Out,
-    data: Data = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, cifar10, a hub name, a parquet folder or an image folder; for an .onnx model also an .npz "
+            "file with one array per input, samples along the first axis."
+        ),
+    ] = None,
     weights: Weights = None,
     normalize: Normalize = None,
     budget: Annotated[
@@ -115,7 +124,10 @@ def compress(
     ] = "onnxruntime",
     int8: Annotated[bool, typer.Option("--int8", help="Also write model.int8.onnx, and compare it.")] = False,
     pt2: Annotated[bool, typer.Option("--pt2", help="Also write model.pt2 (torch.export).")] = False,
-    criterion: Annotated[str, typer.Option(help="loss, response or weight (needs no images).")] = "loss",
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="loss (the default), response (that of .onnx models) or weight (needs no images)."),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(help="Convolutions that stay dense: a name, its beginning, or a pattern. Repeatable."),
@@ -148,14 +160,16 @@ def compress(
     recipe: Recipe = None,
 ) -> None:
     """Compress a trained CNN: a smaller network as safetensors and ONNX, with a report of what was gained and lost."""
+    if model.endswith(".onnx"):
+        _compress_onnx(context, overwrite)
+        return
     from dk2pnet.pipelines.compress import compress as run
-    from dk2pnet.report.tables import INT8_HEADER, comparison_rows, int8_rows, rich_table
 
     with _progress() as progress:
         result = run(
             model,
             budget,
-            criterion,
+            criterion or "loss",
             data,
             weights=weights,
             normalize=normalize,
@@ -188,19 +202,49 @@ def compress(
         )
     if not is_main():
         return
-    console.print(result.plan.summary(), highlight=False, soft_wrap=True)
-    console.print(rich_table("", ("", "teacher", "student", "change"), comparison_rows(result.metrics)))
-    if result.metrics.get("int8"):
-        console.print(rich_table("", INT8_HEADER, int8_rows(result.metrics)))
-    for decision in result.metrics["decisions"]:
-        console.print(
-            f"{decision['what']}: {decision['measure']} {decision['before']:.4g} -> {decision['after']:.4g}, "
-            f"{'kept' if decision['kept'] else 'not kept'}",
-            highlight=False,
-        )
+    _print_result(result.plan, result.metrics)
     written = ["model.safetensors", "plan.json", "model.onnx"]
     written += ["model.int8.onnx"] * ("int8" in result.metrics) + ["model.pt2"] * pt2
     console.print(f"Written to {out}: {', '.join(written)}, report.html, metrics.json, recipe.yaml")
+
+
+def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
+    """`compress` for an ONNX file, which takes some of the options only."""
+    from dk2pnet.pipelines.compress_onnx import compress_onnx
+
+    given = context.params
+    taken = set(signature(compress_onnx).parameters)
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        default = parameter.get_default(context, call=False)
+        idle = ("recipe", "device", "batch_size", "checkpoint_every", "learning_rate", "precision", *taken)
+        if name not in idle and (given[name] or default) and given[name] != default:
+            raise InputError(
+                f"{parameter.opts[0]} does not go with an .onnx model, which can only be decomposed, not trained; "
+                "leave it away"
+            )
+    options = {name: value for name, value in given.items() if name in taken}
+    options |= {"criterion": given["criterion"] or "response", "keep": given["keep"] or []}
+    with _progress() as progress:
+        result = compress_onnx(**{**options, "command": _command(), "progress": progress})
+    _print_result(result.plan, result.metrics)
+    console.print(f"Written to {given['out']}: model.onnx, plan.json, report.html, metrics.json, recipe.yaml")
+
+
+def _print_result(plan: Plan, metrics: Mapping[str, Any]) -> None:
+    from dk2pnet.report.tables import INT8_HEADER, comparison_rows, int8_rows, rich_table
+
+    console.print(plan.summary(), highlight=False, soft_wrap=True)
+    console.print(rich_table("", ("", "teacher", "student", "change"), comparison_rows(metrics)))
+    if metrics.get("int8"):
+        console.print(rich_table("", INT8_HEADER, int8_rows(metrics)))
+    for decision in metrics["decisions"]:
+        after = "-" if decision["after"] is None else f"{decision['after']:.4g}"
+        console.print(
+            f"{decision['what']}: {decision['measure']} {decision['before']:.4g} -> {after}, "
+            f"{'kept' if decision['kept'] else 'not kept'}",
+            highlight=False,
+        )
 
 
 @app.command()

@@ -14,7 +14,7 @@ from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
 from dk2pnet.measure import kept_modes
 
-__all__ = ["gather_moments", "inference_of", "input_patches", "sampled_outputs"]
+__all__ = ["gather_moments", "in_groups", "inference_of", "input_patches", "patches_of", "sampled_outputs"]
 
 # Patches are copied in pieces of about this many bytes.
 _PIECE_BYTES = 64 * 2**20
@@ -53,18 +53,12 @@ def gather_moments(
         When an activation is not finite, when there are no images, or when B is wanted from a network whose output is
         not one row of class scores per image.
     """
-    names = list(convolutions)
-    sizes = [_bytes_needed(convolutions[name], gradients) for name in names]
     start = 0
-    while start < len(names):
-        stop, total = start, 0
-        while stop < len(names) and (stop == start or total + sizes[stop] <= memory):
-            total += sizes[stop]
-            stop += 1
-        group = {name: convolutions[name] for name in names[start:stop]}
-        what = f"layers {start + 1}-{stop} of {len(names)}"
+    for names in in_groups(convolutions, memory, gradients):
+        group = {name: convolutions[name] for name in names}
+        what = f"layers {start + 1}-{start + len(names)} of {len(convolutions)}"
         yield _one_pass(model, group, batches, gradients, positions, seed, first_image, device, what, progress)
-        start = stop
+        start += len(names)
 
 
 @contextmanager
@@ -112,6 +106,32 @@ def sampled_outputs(y: Tensor, index: int | np.ndarray, positions: int, seed: in
         where = _positions(index, len(y), rows.shape[1], positions, seed).to(y.device)
         rows = rows[torch.arange(len(y), device=y.device).unsqueeze(1), where]
     return rows.contiguous()
+
+
+def patches_of(conv: nn.Conv2d, x: Tensor, images: int, first: int, positions: int, seed: int) -> Iterator[Tensor]:
+    """`input_patches` of ``x (B, C_total, H, W)``, which holds the images from number `first` on, piece by piece."""
+    per_image = positions or x.shape[2] * x.shape[3]
+    piece = max(1, _PIECE_BYTES // (4 * per_image * _geometry(conv)[1] * conv.groups))
+    # A network may fold several pieces of an image into the batch; they share the image's index.
+    index = first + np.arange(len(x)) * images // len(x)
+    for start in range(0, len(x), piece):
+        part = slice(start, start + piece)
+        yield input_patches(conv, x[part], index[part], positions, seed)
+
+
+def in_groups(convolutions: Mapping[str, nn.Conv2d], memory: int, gradients: bool = False) -> Iterator[list[str]]:
+    """Names of layers whose moments fit into `memory` bytes together, at least one at a time."""
+    group: list[str] = []
+    total = 0
+    for name, conv in convolutions.items():
+        size = _bytes_needed(conv, gradients)
+        if group and total + size > memory:
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += size
+    if group:
+        yield group
 
 
 # -- inside -------------------------------------------------------------------------------------------------------
@@ -177,14 +197,8 @@ def _one_pass(
 
     def see_input(name: str) -> Callable:
         def hook(module: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            per_image = positions or x.shape[2] * x.shape[3]
-            piece = max(1, _PIECE_BYTES // (4 * per_image * _geometry(module)[1] * module.groups))
-            # A network may fold several pieces of an image into the batch; they share the image's index.
-            index = first_image + done + np.arange(len(x)) * size // len(x)
-            for start in range(0, len(x), piece):
-                part = slice(start, start + piece)
-                moments[name].add_patches(input_patches(module, x[part], index[part], positions, seed))
+            for patches in patches_of(module, args[0].detach(), size, first_image + done, positions, seed):
+                moments[name].add_patches(patches)
 
         return hook
 

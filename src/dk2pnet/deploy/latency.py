@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dk2pnet.deploy.onnx import session
+from dk2pnet.deploy.onnx import Feed, session
 from dk2pnet.errors import InputError
 from dk2pnet.processes import processor
 
@@ -62,7 +62,7 @@ class Latency:
 
 def compare_latency(
     networks: Mapping[str, str | Path | bytes | nn.Module],
-    example: np.ndarray | Tensor | Mapping[str, np.ndarray | Tensor],
+    example: np.ndarray | Tensor | Feed | Mapping[str, np.ndarray | Tensor | Feed],
     *,
     target: str = "onnxruntime",
     threads: int | None = None,
@@ -82,7 +82,8 @@ def compare_latency(
         A name for each: an ONNX file or its content for the targets that read ONNX (`is_onnx`; already quantised for
         ``onnxruntime-int8``), else a module.
     example
-        The input of every call, ``(B, C, H, W)``; one for all networks, or one for each name.
+        The input of every call, ``(B, C, H, W)``, or a `Feed` where there are several; one for all networks, or one
+        for each name.
     target
         One of `TARGETS`.
     threads
@@ -112,7 +113,7 @@ def compare_latency(
         return _take_turns(calls, seconds, rounds_min, tight)
 
 
-def conditions(target: str, example: np.ndarray | Tensor, threads: int | None) -> dict[str, Any]:
+def conditions(target: str, example: np.ndarray | Tensor | Feed, threads: int | None) -> dict[str, Any]:
     """What a time depends on beside the network, for the record."""
     package = target.removesuffix("-int8") if is_onnx(target) else "torch"
     shape = list(example.shape)
@@ -164,7 +165,11 @@ def _take_turns(
 
 
 def _call(
-    name: str, network: str | Path | bytes | nn.Module, example: np.ndarray | Tensor, target: str, threads: int | None
+    name: str,
+    network: str | Path | bytes | nn.Module,
+    example: np.ndarray | Tensor | Feed,
+    target: str,
+    threads: int | None,
 ) -> Callable[[], object]:
     if isinstance(network, nn.Module) == is_onnx(target):
         expected = "an ONNX file or its content" if is_onnx(target) else "a module"
@@ -190,32 +195,37 @@ def _array(example: np.ndarray | Tensor) -> np.ndarray:
 
 
 def _in_onnxruntime(
-    network: str | Path | bytes, example: np.ndarray | Tensor, threads: int | None
+    network: str | Path | bytes, example: np.ndarray | Tensor | Feed, threads: int | None
 ) -> Callable[[], object]:
-    running, array = session(network, threads), _array(example)
+    running = session(network, threads)
+    if isinstance(example, Feed):
+        arrays = example.arrays
+        return lambda: running.run(None, arrays)
+    array = _array(example)
     name = running.get_inputs()[0].name
     return lambda: running.run(None, {name: array})
 
 
 def _in_openvino(
-    network: str | Path | bytes, example: np.ndarray | Tensor, threads: int | None
+    network: str | Path | bytes, example: np.ndarray | Tensor | Feed, threads: int | None
 ) -> Callable[[], object]:
     import openvino
 
-    array = _array(example)
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         properties["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
     try:
         model = core.read_model(network if isinstance(network, bytes) else str(network))
+        arrays = example.arrays if isinstance(example, Feed) else {model.input(0).any_name: _array(example)}
         # As a deployed network has it: with the shape fixed, the compiler lays out memory once.
-        model.reshape(list(array.shape))
+        model.reshape({name: list(array.shape) for name, array in arrays.items()})
         request = core.compile_model(model, "CPU", properties).create_infer_request()
     except RuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise InputError(f"the network cannot be loaded by OpenVINO: {reason}") from error
-    request.set_input_tensor(openvino.Tensor(array, shared_memory=True))
+    for name, array in arrays.items():
+        request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
     return request.infer
 
 

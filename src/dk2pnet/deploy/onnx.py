@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from dk2pnet.deploy.fuse import fold_batch_norms
 from dk2pnet.errors import InputError
 
 __all__ = [
+    "Feed",
     "check_onnx",
     "export_onnx",
     "multiplier_convolutions",
@@ -212,8 +214,23 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in _load(path).metadata_props}
 
 
-def run_onnx(session: onnxruntime.InferenceSession, x: Tensor | np.ndarray) -> list[np.ndarray]:
-    """Run a network of one input on ``x (B, C, H, W)``; all outputs in order."""
+@dataclass(frozen=True)
+class Feed:
+    """What is fed to a network of several inputs: an array for each name, together so many `samples`."""
+
+    arrays: dict[str, np.ndarray]
+    samples: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the first input."""
+        return next(iter(self.arrays.values())).shape if self.arrays else ()
+
+
+def run_onnx(session: onnxruntime.InferenceSession, x: Tensor | np.ndarray | Feed) -> list[np.ndarray]:
+    """Run a network of one input on ``x (B, C, H, W)``, or of several on a `Feed`; all outputs in order."""
+    if isinstance(x, Feed):
+        return session.run(None, x.arrays)
     array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
     return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(array)})
 

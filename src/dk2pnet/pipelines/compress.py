@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from dk2pnet.measure import (
     parameters,
     predict,
 )
+from dk2pnet.pipelines.clock import Clock
 from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
 from dk2pnet.pipelines.extras import PT2, write_int8, write_pt2
 from dk2pnet.pipelines.fit import fit
@@ -67,7 +67,7 @@ from dk2pnet.report.page import write_page
 from dk2pnet.student import load_student, save_student
 from dk2pnet.training.trainer import TrainingOptions
 
-__all__ = ["CRITERIA", "Result", "compress"]
+__all__ = ["CRITERIA", "Result", "compress", "layer_figures"]
 
 # Where not all images fit into memory at once, the layer-by-layer reconstruction makes do with so many of them.
 _RECONSTRUCTION_IMAGES = 256
@@ -182,7 +182,7 @@ def compress(
     int8 = int8 or target == "onnxruntime-int8"
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
-    clock = _Clock()
+    clock = Clock()
     options = None
     if epochs:
         options = TrainingOptions(
@@ -285,7 +285,7 @@ def compress(
             "teacher": stages[0] | {"parameters": plan.parameters_dense, "macs": plan.macs_dense},
             "student": stages[-1] | {"parameters": parameters(student), "macs": macs(student, example)},
             "stages": stages,
-            "layers": [_layer_figures(layer) for layer in plan.layers],
+            "layers": [layer_figures(layer) for layer in plan.layers],
             "decisions": decisions,
             "latency_search": search,
             "run": {
@@ -346,7 +346,7 @@ def _closed_form(
     seed: int,
     target: str,
     threads: int | None,
-    clock: _Clock,
+    clock: Clock,
     progress: Progress,
 ) -> _Solved:
     """Calibrate, select, solve, replace and correct."""
@@ -427,7 +427,7 @@ def _closed_form(
     return _Solved(student, plan, decisions, search)
 
 
-def _solved_once(folder: Path, teacher: nn.Module, clock: _Clock, solve: Callable[[], _Solved]) -> _Solved:
+def _solved_once(folder: Path, teacher: nn.Module, clock: Clock, solve: Callable[[], _Solved]) -> _Solved:
     """What `solve` gives, kept in `folder`, so that a run that was killed does not solve again.
 
     With several processes all of them take the main one's.
@@ -661,7 +661,8 @@ class _Figures:
         return figures
 
 
-def _layer_figures(layer: LayerPlan) -> dict[str, Any]:
+def layer_figures(layer: LayerPlan) -> dict[str, Any]:
+    """A convolution's entry in metrics.json."""
     return {
         "name": layer.name,
         "kind": "dense" if layer.counts is None else "dk",
@@ -690,7 +691,7 @@ def _write(
     target: str,
     int8: _Images | None,
     pt2: bool,
-    clock: _Clock,
+    clock: Clock,
     progress: Progress,
 ) -> None:
     """Export, check, measure, and write the OUT folder."""
@@ -756,23 +757,3 @@ def _reasons(sites: Sequence[Convolution]) -> str:
         "; ".join(f"{site.name}: {site.reason}" for site in sites[:4]) + (" ..." if len(sites) > 4 else "")
         or "none at all"
     )
-
-
-class _Clock:
-    """Seconds per step of the run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, what: str) -> Any:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = round(self.seconds.get(what, 0.0) + time.perf_counter() - start, 3)
-
-    def time(self, what: str, function: Any) -> Any:
-        """Run `function` and add its time."""
-        with self(what):
-            return function()

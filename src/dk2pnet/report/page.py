@@ -104,6 +104,11 @@ def _summary(metrics: Mapping[str, Any]) -> str:
         moved = f"{abs(points):.2f} points {'more' if points > 0 else 'less'} accurate" if points else "as accurate"
         accuracy = f"It is {moved} ({percent(before)} before, {percent(after)} after)."
     text = f"Compared with the teacher, the student {costs}. {accuracy}"
+    if not is_missing(student.get("relative_error")):
+        text += (
+            f" On the held-out inputs its outputs differ from the teacher's by {percent(student['relative_error'])} "
+            "(root mean square, relative)."
+        )
     if not is_missing(student.get("agreement")):
         text += f" It gives the teacher's answer on {percent(student['agreement'])} of the held-out images."
     return text

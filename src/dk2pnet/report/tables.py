@@ -68,6 +68,7 @@ def _three_digits(value: float) -> str:
 _MEASURES: tuple[tuple[str, str, Callable[[Any], str], tuple[str, str]], ...] = (
     ("accuracy", "accuracy", percent, ("", "")),
     ("agreement", "agreement with the teacher", percent, ("", "")),
+    ("relative_error", "relative error of the outputs", percent, ("", "")),
     ("parameters", "parameters", format_count, ("fewer", "more")),
     ("macs", "MACs (one image)", format_count, ("fewer", "more")),
     ("onnx_bytes", "file size (ONNX)", _bytes, ("smaller", "larger")),

@@ -1,0 +1,595 @@
+"""ONNX in, ONNX out: `compress` for users who have no training code, only the file and some inputs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from dk2pnet.calibration.gather_onnx import (
+    Unsuitable,
+    gather_onnx,
+    layer_of,
+    reconstruct_onnx,
+    shapes_of,
+    tensors_of,
+)
+from dk2pnet.calibration.store import MomentStore
+from dk2pnet.data import Normalization
+from dk2pnet.deploy.costs import LatencyTable, fastest_forms
+from dk2pnet.deploy.latency import check_target, compare_latency, conditions
+from dk2pnet.deploy.onnx import Feed, read_metadata
+from dk2pnet.deploy.probe import probe
+from dk2pnet.deploy.rewrite import OnnxConvolution, OnnxNetwork, read_onnx, rewrite
+from dk2pnet.errors import InputError
+from dk2pnet.layer import DKConv2d
+from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier
+from dk2pnet.pipelines.clock import Clock
+from dk2pnet.pipelines.compress import layer_figures
+from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
+from dk2pnet.pipelines.feeds import Feeds, array_feeds, example_feed, image_feeds
+from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
+from dk2pnet.pipelines.inputs import Network, Progress, environment, silent
+from dk2pnet.pipelines.speed import Spent, spend_latency
+from dk2pnet.plan import Budget, Plan
+from dk2pnet.report.page import write_page
+
+__all__ = ["OnnxResult", "compress_onnx"]
+
+# How much the rewritten file may differ from the same graph with the folded weights: both compute the same.
+_EXACT = 1e-3
+
+
+@dataclass
+class OnnxResult:
+    """What `compress_onnx` returns: the content of the new ONNX file, the plan that made it, and every figure."""
+
+    content: bytes
+    plan: Plan
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def compress_onnx(
+    model: str | Path,
+    budget: str | Budget = "macs=0.44",
+    criterion: str = "response",
+    data: str | None = None,
+    *,
+    normalize: str | None = None,
+    data_dir: str | None = None,
+    input_size: int | None = None,
+    keep: Sequence[str] = (),
+    first: bool = False,
+    calibration_images: int = 2000,
+    memory: float = 2.0,
+    rebuild: bool = True,
+    seed: int = 0,
+    threads: int | None = None,
+    target: str = "onnxruntime",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+    progress: Progress = silent,
+) -> OnnxResult:
+    """Put dominant kernels into an ONNX file; everything else in the file stays as it is.
+
+    Example::
+
+        dk2pnet compress --model model.onnx --data inputs.npz --budget latency=0.6 --out small
+
+    Parameters
+    ----------
+    model : an ONNX file; 2-D convolutions with constant float weights can be decomposed
+    budget, keep, first, memory, rebuild, target, out : as in `compress`
+    criterion : ``response``, or ``weight``, which needs no data
+    data : an ``.npz`` file with one array per graph input, samples along the first axis; or a data set or a folder of
+        images, for a graph whose one input is ``(B, C, H, W)``
+    normalize, input_size : of images; the size where the graph leaves it open
+    calibration_images : samples to use at most; a fifth of them only decides
+
+    Raises
+    ------
+    InputError
+        One sentence that says what was given, what was expected and what to do.
+    """
+    asked = {
+        "model": str(model),
+        "data": data,
+        "budget": str(budget),
+        "target": target,
+        "criterion": criterion,
+        "keep": list(keep),
+        "first": first,
+        "calibration_images": calibration_images,
+        "memory": memory,
+        "rebuild": rebuild,
+        "normalize": normalize,
+        "data_dir": data_dir,
+        "input_size": input_size,
+        "seed": seed,
+        "threads": threads,
+    }
+    wanted = Budget.parse(budget)
+    _check_options(criterion, data, calibration_images, memory, target)
+    check_out(out, overwrite)
+    clock = Clock()
+    network = read_onnx(model, keep, first)
+    open_sites = {site.name: site for site in network.sites if not site.reason}
+    if not open_sites:
+        raise InputError(f"{model} has no convolution that can be decomposed: {_reasons(network.sites)}")
+    feeds, single = _feeds(network, str(model), data, normalize, data_dir, input_size, calibration_images, clock)
+    _keep_what_runs(network, single, threads)
+    open_sites = {name: site for name, site in open_sites.items() if not site.reason}
+    if not open_sites:
+        raise InputError(f"{model} has no convolution that can be decomposed: {_reasons(network.sites)}")
+    shapes = _shapes(network, single, threads)
+    samples = single.samples
+    _measure_sites(network, shapes, samples)
+    total_macs, total_parameters = network.macs(shapes) // samples, network.parameters
+    judge = None if feeds is None else _Judge(network, feeds, threads)
+
+    with MomentStore() as store:
+        energies = {}
+        if CRITERIA[criterion][0]:
+            assert feeds is not None
+            count = feeds.counts["calibration"]
+            groups = gather_onnx(
+                network,
+                open_sites,
+                feeds.gather,
+                samples=count,
+                memory=int(memory * 2**30),
+                seed=seed,
+                threads=threads,
+                progress=lambda what, done: progress(f"moments, {what}", done, count),
+            )
+            while (group := clock.time("moments", lambda: next(groups, None))) is not None:
+                store.add_group(group)
+                with clock("spectra"):
+                    energies |= {name: energies_of(open_sites[name], store, criterion) for name in group}
+        else:
+            with clock("spectra"):
+                energies = {name: energies_of(site, None, criterion) for name, site in open_sites.items()}
+        search: list[dict[str, float]] = []
+        forms: dict[str, str] = {}
+        if wanted.kind == "latency":
+            with clock("latency search"):
+                spent = _spend_time(wanted.value, network, open_sites, energies, single, target, threads, progress)
+            counts, forms, search = spent.counts, spent.forms, spent.attempts
+        else:
+            counts = spend(wanted, open_sites, energies, total_macs, total_parameters)
+        replaced = {name: count for name, count in counts.items() if count is not None}
+        plan = make_plan(
+            network.sites,
+            counts,
+            energies,
+            Network(nn.Identity(), None, feeds.normalization if feeds is not None else None),
+            torch.empty(single.shape),
+            criterion,
+            wanted,
+            total_macs,
+            total_parameters,
+        )
+        progress("solving", 0, len(replaced))
+        with clock("solve"):
+            factors = solve_layers(replaced, open_sites, store, criterion, progress)
+    layers = {name: layer_of(open_sites[name], found) for name, found in factors.items()}
+    decisions: list[dict[str, Any]] = []
+    if judge is not None and layers:
+        assert feeds is not None
+        layers = _corrected(
+            network,
+            layers,
+            replaced,
+            feeds,
+            judge,
+            rebuild,
+            int(memory * 2**30),
+            seed,
+            threads,
+            decisions,
+            clock,
+            progress,
+        )
+    if not forms:
+        with clock("choosing forms"):
+            table = LatencyTable(target, threads, progress=lambda done, of: progress("timing layers", done, of))
+            forms = fastest_forms({name: (layer, open_sites[name].input_size) for name, layer in layers.items()}, table)
+    for entry in plan.layers:
+        entry.form = forms.get(entry.name)
+    with clock("rewrite"):
+        result = rewrite(network, layers, forms)
+        content, difference = _proven(result, network, layers, single, threads)
+    metrics = _metrics(network, result, plan, judge, layers, decisions, search)
+    metrics["student"]["onnx_difference"] = difference
+    metrics["run"] = {
+        "command": command or "dk2pnet.pipelines.compress_onnx.compress_onnx(...)",
+        "seed": seed,
+        "criterion": criterion,
+        "budget": str(wanted),
+        "images": feeds.counts if feeds is not None else {},
+        "seconds": clock.seconds,
+        **environment(torch.device("cpu")),
+    }
+    progress("measuring latency", 0, 0)
+    with clock("latency"):
+        original = network.proto.SerializeToString()
+        latencies = compare_latency({"teacher": original, "student": content}, single, target=target, threads=threads)
+    for side, size in (("teacher", len(original)), ("student", len(content))):
+        metrics[side]["onnx_bytes"] = size
+        metrics[side]["latency_ms"] = latencies[side].median_ms
+        metrics[side]["latency_interval_ms"] = [latencies[side].low_ms, latencies[side].high_ms]
+    metrics["run"]["latency"] = conditions(target, single, threads)  # type: ignore[arg-type]
+    if out is not None:
+        with new_folder(out, overwrite) as folder:
+            (folder / "model.onnx").write_bytes(content)
+            (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+            write_json(folder / "metrics.json", metrics)
+            write_recipe(folder / "recipe.yaml", "compress", asked)
+            write_page(metrics, folder / "report.html")
+    return OnnxResult(content, plan, metrics)
+
+
+# -- the steps, in order ----------------------------------------------------------------------------------------------
+
+
+def _check_options(criterion: str, data: str | None, count: int, memory: float, target: str) -> None:
+    if criterion not in CRITERIA:
+        raise InputError(f"criterion is {criterion!r}; expected response or weight for an ONNX file")
+    if CRITERIA[criterion][1]:
+        raise InputError(
+            f"criterion {criterion!r} needs gradients, which an ONNX file does not give; use --criterion response"
+        )
+    if CRITERIA[criterion][0] and data is None:
+        raise InputError(
+            f"criterion {criterion!r} needs inputs and none were given; give --data (images, or an .npz file with an "
+            "array per input), or use --criterion weight"
+        )
+    if count < 2 or memory <= 0:
+        raise InputError(
+            f"calibration images {count}, memory {memory:g} GiB; expected at least 2 images and memory above 0"
+        )
+    check_target(target)
+    if target not in ("onnxruntime", "openvino"):
+        raise InputError(f"target is {target!r}; expected onnxruntime or openvino for an ONNX file")
+
+
+def _feeds(
+    network: OnnxNetwork,
+    model: str,
+    data: str | None,
+    normalize: str | None,
+    data_dir: str | None,
+    input_size: int | None,
+    count: int,
+    clock: Clock,
+) -> tuple[Feeds | None, Feed]:
+    """The calibration inputs and one single feed; the file is proven to run on them before anything else is done."""
+    inputs = network.inputs
+    content = network.proto.SerializeToString()
+    if data is None:
+        # What ONNX and its runtime say against the file itself counts more than that it does not say its sizes.
+        probe(content, None, model)
+        single = example_feed(inputs, input_size)
+        probe(content, single, model)
+        return None, single
+    if data.endswith(".npz"):
+        feeds = array_feeds(data, inputs, count)
+    else:
+        saved = read_metadata(model).get("normalization") if normalize is None else None
+        if normalize is None and not saved:
+            raise InputError(
+                f"{model} does not say how its input is normalised; give it with --normalize (imagenet, ... or "
+                "MEAN,.../STD,... of pixels in [0, 1])"
+            )
+        norm = Normalization.parse(normalize) if normalize else _saved(str(saved), model)
+        feeds = image_feeds(data, inputs, count, normalization=norm, data_dir=data_dir, input_size=input_size)
+    with clock("probe"):
+        try:
+            probe(content, feeds.example, model)
+        except InputError:
+            if feeds.one_by_one is None:
+                raise
+            # A first axis that is left open need not be free: the graph may only take one sample at a time.
+            feeds = feeds.one_by_one
+            probe(content, feeds.example, model)
+    return feeds, (feeds.one_by_one or feeds).example
+
+
+def _saved(text: str, model: str) -> Normalization:
+    try:
+        return Normalization.from_dict(json.loads(text))
+    except ValueError as error:
+        raise InputError(f"{model} holds a damaged normalisation ({text[:40]!r}); give it with --normalize") from error
+
+
+def _shapes(network: OnnxNetwork, single: Feed, threads: int | None) -> dict[str, tuple[int, ...]]:
+    names = [name for node in network.counted() for name in (*node.input, *node.output)]
+    return shapes_of(network, single, names, threads)
+
+
+def _keep_what_runs(network: OnnxNetwork, single: Feed, threads: int | None) -> None:
+    """Convolutions that are never reached with these shapes stay dense: nothing is known about them."""
+    open_sites = [site for site in network.sites if not site.reason]
+    found = shapes_of(network, single, [site.x for site in open_sites], threads)
+    for site in open_sites:
+        if len(found.get(site.x, ())) != 4 or 0 in found[site.x]:
+            site.reason = f"its input has the shape {found.get(site.x)}"
+
+
+def _measure_sites(network: OnnxNetwork, shapes: Mapping[str, Sequence[int]], samples: int) -> None:
+    """Note sizes and positions, per sample, at every convolution."""
+    for site in network.sites:
+        if site.node is None or site.node.op_type != "Conv":
+            continue
+        read, given = shapes.get(site.x), shapes.get(site.node.output[0])
+        if not read or not given:
+            continue
+        site.calls = 1
+        site.positions = math.prod(given[2:]) * given[0] // samples
+        site.activation = (math.prod(read) + math.prod(given)) // samples
+        if not site.reason:
+            site.place(read[2], read[3])
+
+
+def _spend_time(
+    fraction: float,
+    network: OnnxNetwork,
+    sites: Mapping[str, OnnxConvolution],
+    energies: Mapping[str, Tensor],
+    single: Feed,
+    target: str,
+    threads: int | None,
+    progress: Progress,
+) -> Spent:
+    table = LatencyTable(target, threads)
+
+    def build(counts: Mapping[str, Tensor | None]) -> tuple[bytes, dict[str, str]]:
+        # Solved roughly, not random: time may depend on values (denormal numbers, data-dependent shapes).
+        layers = {
+            name: DKConv2d.from_dense(_conv(sites[name]), count.tolist())
+            for name, count in counts.items()
+            if count is not None
+        }
+        forms = fastest_forms({name: (layer, sites[name].input_size) for name, layer in layers.items()}, table)
+        return rewrite(network, layers, forms).SerializeToString(), forms
+
+    dense = network.proto.SerializeToString()
+    return spend_latency(fraction, sites, energies, table, dense, build, single, progress=progress)
+
+
+def _corrected(
+    network: OnnxNetwork,
+    layers: dict[str, DKConv2d],
+    counts: Mapping[str, Tensor],
+    feeds: Feeds,
+    judge: _Judge,
+    rebuild: bool,
+    memory: int,
+    seed: int,
+    threads: int | None,
+    decisions: list[dict[str, Any]],
+    clock: Clock,
+    progress: Progress,
+) -> dict[str, DKConv2d]:
+    """The layers of the reconstruction, else those with corrected biases, else as they were: what comes closest."""
+    before = judge.error(rewrite(network, layers, dict.fromkeys(layers, "folded")))
+    for what, of in (("layer-by-layer reconstruction", counts), ("bias correction", None)):
+        if of is not None and not rebuild:
+            continue
+        with clock("reconstruct" if of is not None else "correct"):
+            try:
+                better = reconstruct_onnx(
+                    network,
+                    layers,
+                    of,
+                    feeds.gather,
+                    memory=memory,
+                    seed=seed,
+                    threads=threads,
+                    progress=lambda done, what=what: progress(what, done, len(layers)),
+                )
+            except Unsuitable as reason:
+                decisions.append(
+                    {"what": f"{what}: not possible, {reason}", "before": before, "after": None, "kept": False}
+                    | {"measure": "relative squared error"}
+                )
+                break
+            after = judge.error(rewrite(network, better, dict.fromkeys(better, "folded")))
+        decisions.append(
+            {
+                "what": what,
+                "before": before,
+                "after": after,
+                "kept": after < before,
+                "measure": "relative squared error",
+            }
+        )
+        if after < before:  # the reconstruction corrects biases too
+            return better
+    return layers
+
+
+def _proven(
+    result: ModelProto, network: OnnxNetwork, layers: Mapping[str, DKConv2d], single: Feed, threads: int | None
+) -> tuple[bytes, float]:
+    """The new file's content, and how far it is from the same graph with the folded weights (relative)."""
+    content = result.SerializeToString()
+    onnx.checker.check_model(content)
+    reference = rewrite(network, layers, dict.fromkeys(layers, "folded"))
+    names = network.outputs
+    expected, found = (tensors_of(proto, names, threads)(single) for proto in (reference, result))
+    worst = 0.0
+    for name in names:
+        a, b = expected[name], found[name]
+        if not isinstance(a, np.ndarray) or a.dtype.kind != "f":
+            continue
+        if a.shape != b.shape:  # the number of what was found may hang on a rounding error
+            continue
+        good = np.isfinite(a) & np.isfinite(b)
+        scale = float(np.abs(a[good]).max(initial=0.0))
+        worst = max(worst, float(np.abs(a[good] - b[good]).max(initial=0.0)) / max(scale, 1e-30))
+    if not worst <= _EXACT:
+        raise RuntimeError(f"the rewritten graph differs by {worst:.2e} from the same graph with folded weights")
+    return content, worst
+
+
+class _Judge:
+    """Compares the outputs of graphs with the original's on the held-out inputs.
+
+    An output of whole numbers (the classes of an OCR) says little about how close two networks are: there the nearest
+    tensor of floating-point numbers before it is compared.
+    """
+
+    def __init__(self, network: OnnxNetwork, feeds: Feeds, threads: int | None) -> None:
+        self.network, self.feeds, self.threads = network, feeds, threads
+        self.names = _comparable(network, feeds.example, threads)
+        self.expected = self._run(network.proto)
+        for name, arrays in zip(self.names, zip(*self.expected, strict=True), strict=True):
+            if not all(np.isfinite(array).any() for array in arrays if array.size and array.dtype.kind == "f"):
+                raise InputError(f"the output {name!r} is not finite on the held-out inputs; check them and the model")
+
+    def _run(self, proto: ModelProto) -> list[list[np.ndarray]]:
+        run = tensors_of(proto, self.names, self.threads)
+        return [[found[name] for name in self.names] for found in map(run, self.feeds.held_out)]
+
+    def errors(self, proto: ModelProto) -> dict[str, float]:
+        """By output: the squared error relative to the output's energy, 1 where the shapes differ."""
+        found = self._run(proto)
+        errors = {}
+        for number, name in enumerate(self.names):
+            off = energy = 0.0
+            for expected, given in zip(self.expected, found, strict=True):
+                e, o = _difference(expected[number], given[number])
+                off, energy = off + o, energy + e
+            errors[name] = off / max(energy, 1e-300) if np.isfinite(off) else math.inf
+        return errors
+
+    def error(self, proto: ModelProto) -> float:
+        """Mean over the outputs."""
+        errors = self.errors(proto)
+        return sum(errors.values()) / max(len(errors), 1)
+
+    def stage(self, proto: ModelProto, name: str, teacher: ModelProto) -> dict[str, Any]:
+        """A stage of the report: accuracy where there are labels, agreement where there are class scores."""
+        figures: dict[str, Any] = {"name": name, "accuracy": None, "agreement": None}
+        first = self.expected[0][0]
+        scores = len(self.names) == 1 and self.names == self.network.outputs and first.ndim == 2 and first.shape[1] > 1
+        if not scores or not isinstance(first, np.ndarray):
+            return figures
+        if proto is not teacher:
+            old, new = (
+                Predictions([torch.cat([torch.from_numpy(each[0]) for each in of])], None)
+                for of in (self.expected, self._run(proto))
+            )
+            figures["agreement"] = agreement(old, new)
+        if self.feeds.test is not None:
+            run = tensors_of(proto, self.names, self.threads)
+            rows, labels = [], []
+            for feed, known in self.feeds.test:
+                rows.append(torch.from_numpy(run(feed)[self.names[0]]))
+                labels.append(known)
+            if rows and is_classifier([torch.cat(rows)]):
+                figures["accuracy"] = accuracy(Predictions([torch.cat(rows)], torch.cat(labels)))
+        return figures
+
+
+def _difference(expected: np.ndarray, given: np.ndarray) -> tuple[float, float]:
+    """Energy of what was expected, and of the difference; of whole numbers, how many there are and how many differ."""
+    if not isinstance(expected, np.ndarray):
+        return 0.0, 0.0
+    if expected.dtype.kind != "f":
+        same = expected.shape == given.shape
+        return float(expected.size), float((expected != given).sum()) if same else float(expected.size)
+    good = np.isfinite(expected)  # an output may hold -inf by intention, as a mask
+    a = np.where(good, expected, 0).astype(np.float64)
+    energy = float(np.square(a).sum())
+    if expected.shape != given.shape:
+        return energy, energy
+    b = np.where(good, given, 0).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        off = float(np.square(a - b).sum())
+    return energy, off if off == off else math.inf
+
+
+def _comparable(network: OnnxNetwork, feed: Feed, threads: int | None) -> list[str]:
+    """For every output the tensor that is compared."""
+    makers = {name: node for node in network.proto.graph.node for name in node.output}
+    chains = {}
+    for output in network.outputs:
+        chain = [output]
+        while len(chain) < 8 and (maker := makers.get(chain[-1])) is not None and maker.input and maker.input[0]:
+            chain.append(maker.input[0])
+        chains[output] = chain
+    inputs = {value.name for value in network.proto.graph.input}
+    wanted = [name for chain in chains.values() for name in chain if name in makers or name in inputs]
+    found = tensors_of(network.proto, wanted, threads)(feed)
+
+    def is_float(name: str) -> bool:
+        array = found.get(name)
+        return isinstance(array, np.ndarray) and array.dtype.kind == "f" and name in makers
+
+    return list(
+        dict.fromkeys(
+            output if is_float(output) else next((name for name in chain if is_float(name)), output)
+            for output, chain in chains.items()
+        )
+    )
+
+
+def _metrics(
+    network: OnnxNetwork,
+    result: ModelProto,
+    plan: Plan,
+    judge: _Judge | None,
+    layers: Mapping[str, DKConv2d],
+    decisions: list[dict[str, Any]],
+    search: list[dict[str, float]],
+) -> dict[str, Any]:
+    teacher: dict[str, Any] = {"name": "teacher", "accuracy": None, "agreement": None}
+    student: dict[str, Any] = {"name": "closed form", "accuracy": None, "agreement": None}
+    if judge is not None:
+        teacher = judge.stage(network.proto, "teacher", network.proto)
+        student = judge.stage(result, "closed form", network.proto)
+        errors = judge.errors(result)
+        student["relative_error"] = 100 * math.sqrt(sum(errors.values()) / max(len(errors), 1))
+        student["relative_errors"] = {name: 100 * math.sqrt(error) for name, error in errors.items()}
+    biases = sum(layer.bias is not None and _conv_of(network, name).bias is None for name, layer in layers.items())
+    metrics: dict[str, Any] = {
+        "teacher": {**teacher, "parameters": plan.parameters_dense, "macs": plan.macs_dense},
+        "student": {**student, "parameters": plan.parameters, "macs": plan.macs},
+        "stages": [teacher, student],
+        "layers": [layer_figures(layer) | {"form": layer.form} for layer in plan.layers],
+        "decisions": decisions,
+        "latency_search": search,
+        "biases_added": biases,
+    }
+    for side in ("teacher", "student"):
+        del metrics[side]["name"]
+    return metrics
+
+
+def _conv(site: OnnxConvolution) -> nn.Conv2d:
+    assert isinstance(site.module, nn.Conv2d)
+    return site.module
+
+
+def _conv_of(network: OnnxNetwork, name: str) -> nn.Conv2d:
+    return _conv(next(site for site in network.sites if site.name == name))
+
+
+def _reasons(sites: Iterable[OnnxConvolution]) -> str:
+    """Why the convolutions stay dense, the most frequent reason first."""
+    counted = Counter(site.reason for site in sites)
+    told = [f"{reason}: {count}" for reason, count in counted.most_common(4)]
+    return ", ".join(told) if told else "it has none at all"
