@@ -1,0 +1,252 @@
+"""Other methods of the field in one harness: same teacher, images, multiply-adds and fine-tuning.
+
+    pip install -r benchmarks/requirements-peers.txt
+    python benchmarks/peers.py --weights resnet32.th --data-dir DATA [--budgets 0.44 0.3] [--methods ...] [--one]
+
+Every method gets the whole network's multiply-adds to within a percent. Low-rank methods spend them by one queue over
+the network, each by its own measure of error (see peer_methods.py); Torch-Pruning ranks channels globally, over the
+whole network or inside the blocks, whichever is closer to the teacher on the held-out images. Batch norm is
+re-estimated on the calibration images where that brings the held-out answers closer (for all). Then the same
+fine-tuning: softened logits and labels, 150 steps of 128 images, one learning rate. Accuracy is the test split's,
+after the last step.
+Rows already in the JSON are not made again; ``--one`` makes one and ends. Writes benchmarks/results/peers-MODEL.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dk2pnet
+from dk2pnet.calibration.gather import gather_moments
+from dk2pnet.calibration.statistics import reestimate_batch_norm
+from dk2pnet.convert import Convolution, copy_model, find_convolutions, replace_modules
+from dk2pnet.data import calibration_split, split_training
+from dk2pnet.decompose.select import Candidate, Option, choose, select
+from dk2pnet.decompose.solve import spectrum
+from dk2pnet.deploy.costs import LatencyTable
+from dk2pnet.deploy.latency import compare_latency
+from dk2pnet.deploy.onnx import onnx_bytes
+from dk2pnet.layer import set_form
+from dk2pnet.measure import accuracy, divergence, macs, parameters, predict
+from dk2pnet.pipelines.fit import fit
+from dk2pnet.pipelines.inputs import environment, load_data, open_network, pick_device, silent
+from dk2pnet.pipelines.speed import choose_forms
+from dk2pnet.training.trainer import TrainingOptions
+from peer_methods import channel_pca, cp, gdws, gdws_weights, pruned, spatial_svd, tucker
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = (
+    "ours, loss",
+    "ours, response",
+    "GDWS, gradient weights",
+    "GDWS, alpha = 1",
+    "response PCA",
+    "spatial SVD",
+    "Tucker-2",
+    "CP",
+    "Torch-Pruning",
+)
+STEPS = {"images": 6400, "epochs": 3, "learning_rate": 0.01}
+
+
+class Harness:
+    """The teacher, its images, and what every method is measured by."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
+        test = load_data(options.data, "test", options.model, data_dir=options.data_dir)
+        assert training is not None
+        assert test is not None
+        network = open_network(options.model, weights=options.weights, normalize=options.normalize, data=training)
+        self.teacher, self.norm = network.model.eval(), network.normalization
+        assert self.norm is not None
+        self.training, _ = split_training(training)
+        gather, held_out = calibration_split(self.training, 2000)
+        self.gather, self.held_out = gather.batches(128, self.norm), held_out.batches(128, self.norm)
+        self.test = test.batches(128, self.norm)
+        self.images = next(iter(gather.batches(256, self.norm)))[0]
+        self.example = self.images[:1]
+        self.sites = find_convolutions(self.teacher, self.example)
+        self.open = {site.name: site for site in self.sites if not site.reason}
+        self.total = macs(self.teacher, self.example)
+        self.answers = predict(self.teacher, self.held_out)
+
+    def accuracy(self, model: nn.Module) -> float:
+        return accuracy(predict(model, self.test))
+
+    def closer(self, *models: nn.Module) -> nn.Module:
+        """The one whose held-out answers are closest to the teacher's."""
+        return min(models, key=lambda model: divergence(self.answers, predict(model, self.held_out)))
+
+    def with_batch_norm(self, model: nn.Module) -> nn.Module:
+        again = copy_model(model)
+        reestimate_batch_norm(again, self.gather, torch.device("cpu"))
+        return self.closer(model, again)
+
+    def replaced(self, modules: dict[str, nn.Module]) -> nn.Module:
+        student = copy_model(self.teacher)
+        named = dict(student.named_modules())
+        replace_modules(student, {named[name]: module for name, module in modules.items()})
+        return student.eval()
+
+    def by_options(self, peers: Callable[[Convolution], list], budget: float) -> nn.Module:
+        """Ranks by the queue over all layers, for a method with options per layer."""
+        found = {name: peers(site) for name, site in self.open.items()}
+        options: dict[str, list[Option]] = {}
+        for name, of_layer in found.items():
+            options[name] = [option for option, _ in of_layer] + [Option(self.open[name].macs, 0.0)]
+        fixed = self.total - sum(site.macs for site in self.open.values())
+        taken = choose(options, budget * self.total - fixed)
+        return self.replaced({n: found[n][i][1]() for n, i in taken.items() if i < len(found[n])})
+
+    def gdws(self, budget: float, alpha: dict[str, Tensor] | None) -> nn.Module:
+        candidates = {}
+        for name, site in self.open.items():
+            conv = site.module
+            assert isinstance(conv, nn.Conv2d)
+            energies = spectrum(conv.weight)
+            energies = energies / energies.sum() if alpha is None else energies * alpha[name].view(1, -1, 1)
+            kernel = (conv.kernel_size[0] * conv.kernel_size[1] + conv.out_channels) * site.positions
+            candidates[name] = Candidate(energies, kernel, site.macs)
+        fixed = self.total - sum(site.macs for site in self.open.values())
+        counts = select(candidates, budget * self.total - fixed)
+        return self.replaced({n: gdws(self.open[n], c) for n, c in counts.items() if c is not None})
+
+    def pca(self, budget: float) -> nn.Module:
+        convolutions = {name: site.module for name, site in self.open.items()}
+        moments: dict[str, Any] = {}
+        for group in gather_moments(self.teacher, convolutions, self.gather):  # type: ignore[arg-type]
+            moments |= group
+        return self.by_options(lambda s: channel_pca(s, moments[s.name].A()[0], moments[s.name].mean()[0]), budget)
+
+    def pruning(self, budget: float) -> nn.Module:
+        inner = [m for n, m in self.teacher.named_modules() if n.endswith("conv2")] + [self.teacher.conv1]
+        found = []
+        for ignored in ([], inner):
+            low, high = 0.0, 0.95
+            best: tuple[float, nn.Module] | None = None
+            for _ in range(12):
+                ratio = (low + high) / 2
+                student = pruned(self.teacher, self.example, ratio, [self.teacher.linear, *ignored])  # type: ignore[list-item]
+                kept = macs(student, self.example) / self.total
+                if best is None or abs(kept - budget) < abs(best[0] - budget):
+                    best = kept, student
+                low, high = (ratio, high) if kept > budget else (low, ratio)
+            assert best is not None
+            if abs(best[0] - budget) < 0.02:
+                found.append(self.with_batch_norm(best[1].eval()))
+        return self.closer(*found)
+
+    def student(self, method: str, budget: float) -> nn.Module:
+        if method.startswith("ours"):
+            options = self.options
+            student = dk2pnet.compress(
+                options.model,
+                f"macs={budget:g}",
+                method.split(", ")[1],
+                options.data,
+                weights=options.weights,
+                normalize=options.normalize,
+                data_dir=options.data_dir,
+            ).model
+            set_form(student, "folded")
+            return student
+        if method == "GDWS, gradient weights":
+            return self.gdws(budget, gdws_weights(self.teacher, self.open.values(), self.images[:64]))
+        if method == "GDWS, alpha = 1":
+            return self.gdws(budget, None)
+        if method == "response PCA":
+            return self.pca(budget)
+        if method == "Torch-Pruning":
+            return self.pruning(budget)
+        return self.by_options({"spatial SVD": spatial_svd, "Tucker-2": tucker, "CP": cp}[method], budget)
+
+    def latency(self, student: nn.Module) -> float:
+        """Relative to the teacher in ONNX Runtime, one thread; DK layers in the forms that are fastest there."""
+        sizes = {site.name: site.input_size for site in self.sites}
+        forms = choose_forms(student, sizes, LatencyTable("onnxruntime", 1)) if _has_dk(student) else {}
+        networks = {
+            "teacher": onnx_bytes(self.teacher, self.example),
+            "student": onnx_bytes(student, self.example, forms=forms),
+        }
+        found = compare_latency(networks, self.example, threads=1)
+        return found["student"].median_ms / found["teacher"].median_ms
+
+    def finetuned(self, student: nn.Module) -> float:
+        images = self.training.subset(torch.arange(STEPS["images"]))
+        options = TrainingOptions(
+            epochs=int(STEPS["epochs"]), batch_size=128, learning_rate=STEPS["learning_rate"], method="kd", seed=0
+        )
+        fit(
+            student,
+            images,
+            options,
+            example=self.example,
+            teacher=self.teacher,
+            name=self.options.data,
+            normalization=self.norm,
+            device=torch.device("cpu"),
+            progress=silent,
+        )
+        return self.accuracy(student.eval())
+
+
+def _has_dk(model: nn.Module) -> bool:
+    return any(isinstance(module, dk2pnet.DKConv2d) for module in model.modules())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--normalize", default="imagenet")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--one", action="store_true", help="make one missing row, then end")
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"peers-{options.model}.json"
+    result: dict[str, Any] = {"model": options.model, "data": options.data, "fine_tuning": STEPS, "rows": []}
+    if path.exists():
+        result = json.loads(path.read_text())
+    result["environment"] = environment(pick_device("cpu"))
+    done = {(row["method"], row["budget"]) for row in result["rows"]}
+    missing = [(m, b) for b in options.budgets for m in options.methods if (m, b) not in done]
+    if not missing:
+        return
+    harness = Harness(options)
+    for method, budget in missing[: 1 if options.one else None]:
+        start = time.perf_counter()
+        torch.manual_seed(0)
+        student = harness.student(method, budget)
+        if not method.startswith("ours"):  # which has done so itself, by the same rule
+            student = harness.with_batch_norm(student)
+        row = {
+            "method": method,
+            "budget": budget,
+            "macs_kept": macs(student, harness.example) / harness.total,
+            "parameters": parameters(student),
+            "teacher_accuracy": harness.accuracy(harness.teacher),
+            "before": harness.accuracy(student),
+            "latency": harness.latency(student),
+            "seconds": time.perf_counter() - start,
+        }
+        row["after"] = harness.finetuned(student)
+        result["rows"].append(row)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
