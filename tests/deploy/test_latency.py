@@ -90,10 +90,20 @@ def test_an_unsteady_machine_is_seen(times, noisy):
     assert _summary(times).noisy is noisy
 
 
+def test_a_machine_too_unsteady_to_tell_is_told(caplog):
+    steady, unsteady = _summary([1.0] * 20), _summary([1.0] * 10 + [2.0] * 10)
+    assert not latency.latency_figures({"teacher": steady})["teacher"]["latency_noisy"]
+    assert caplog.records == []
+    figures = latency.latency_figures({"teacher": steady, "student": unsteady})
+    assert figures["student"]["latency_noisy"]
+    assert figures["student"]["latency_interval_ms"] == [1000, 2000]
+    assert "the interval of the student is +-33 % of its median" in caplog.text
+
+
 def test_what_is_wrong_with_a_target_is_said(monkeypatch):
     example = torch.zeros(1, 3, 9, 9)
     light = heavy_and_light()["light"]
-    with pytest.raises(InputError, match="target is 'tflite'; expected one of onnxruntime, openvino"):
+    with pytest.raises(InputError, match="target is 'tflite'; expected one of onnxruntime, onnxruntime-int8, openvino"):
         compare_latency({"light": light}, example, target="tflite")
     with pytest.raises(InputError, match="light is Conv2d; target onnxruntime expects an ONNX file"):
         compare_latency({"light": light}, example)

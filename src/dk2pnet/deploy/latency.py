@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,17 @@ from dk2pnet.deploy.onnx import Feed, session
 from dk2pnet.errors import InputError
 from dk2pnet.processes import processor
 
-__all__ = ["TARGETS", "Latency", "check_target", "compare_latency", "conditions", "is_onnx"]
+__all__ = [
+    "TARGETS",
+    "Latency",
+    "check_target",
+    "compare_latency",
+    "conditions",
+    "is_onnx",
+    "latency_figures",
+]
+
+_log = logging.getLogger(__name__)
 
 TARGETS = ("onnxruntime", "onnxruntime-int8", "openvino", "pytorch", "pytorch-compile", "cuda")
 
@@ -119,6 +130,28 @@ def conditions(target: str, example: np.ndarray | Tensor | Feed, threads: int | 
     shape = list(example.shape)
     facts = {"target": target, package: version(package), "threads": threads, "batch": shape[0], "input": shape[1:]}
     return facts | {"processor": processor()}
+
+
+def latency_figures(found: Mapping[str, Latency]) -> dict[str, dict[str, Any]]:
+    """By name, what metrics.json holds of a measurement. Says so where the machine was too unsteady to tell."""
+    noisy = [name for name, latency in found.items() if latency.noisy]
+    if noisy:
+        widest = max(found[name].half_width for name in noisy)
+        _log.warning(
+            "The machine is too unsteady to tell times apart: the interval of the %s is +-%.0f %% of its median. "
+            "Close other programs, or give fewer --threads.",
+            " and the ".join(noisy),
+            100 * widest,
+        )
+    return {
+        name: {
+            "latency_ms": latency.median_ms,
+            "latency_interval_ms": [latency.low_ms, latency.high_ms],
+            "latency_runs": latency.runs,
+            "latency_noisy": latency.noisy,
+        }
+        for name, latency in found.items()
+    }
 
 
 def check_target(target: str) -> None:

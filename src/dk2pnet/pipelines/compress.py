@@ -23,7 +23,7 @@ from dk2pnet.convert import Convolution, convert, copy_model, find_convolutions,
 from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_split, split_training
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.deploy.costs import LatencyTable
-from dk2pnet.deploy.latency import check_target, compare_latency, conditions
+from dk2pnet.deploy.latency import check_target, compare_latency, conditions, latency_figures
 from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
@@ -718,11 +718,10 @@ def _write(
                 "student": deployable(student, example, target, plan.forms),
             }
         with clock("latency"):
-            latencies = compare_latency(networks, example, target=target, threads=threads)
+            timed = latency_figures(compare_latency(networks, example, target=target, threads=threads))
         for side, path in paths.items():
             metrics[side]["onnx_bytes"] = path.stat().st_size
-            metrics[side]["latency_ms"] = latencies[side].median_ms
-            metrics[side]["latency_interval_ms"] = [latencies[side].low_ms, latencies[side].high_ms]
+            metrics[side] |= timed[side]
         metrics["run"]["latency"] = conditions(target, example, threads)
         for layer, figures in zip(plan.layers, metrics["layers"], strict=True):
             figures["form"] = layer.form

@@ -27,7 +27,7 @@ from dk2pnet.calibration.gather_onnx import (
 from dk2pnet.calibration.store import MomentStore
 from dk2pnet.data import Normalization
 from dk2pnet.deploy.costs import LatencyTable, fastest_forms
-from dk2pnet.deploy.latency import check_target, compare_latency, conditions
+from dk2pnet.deploy.latency import check_target, compare_latency, conditions, latency_figures
 from dk2pnet.deploy.onnx import Feed, read_metadata
 from dk2pnet.deploy.probe import probe
 from dk2pnet.deploy.rewrite import OnnxConvolution, OnnxNetwork, read_onnx, rewrite
@@ -224,11 +224,11 @@ def compress_onnx(
     progress("measuring latency", 0, 0)
     with clock("latency"):
         original = network.proto.SerializeToString()
-        latencies = compare_latency({"teacher": original, "student": content}, single, target=target, threads=threads)
+        pair = {"teacher": original, "student": content}
+        timed = latency_figures(compare_latency(pair, single, target=target, threads=threads))
     for side, size in (("teacher", len(original)), ("student", len(content))):
         metrics[side]["onnx_bytes"] = size
-        metrics[side]["latency_ms"] = latencies[side].median_ms
-        metrics[side]["latency_interval_ms"] = [latencies[side].low_ms, latencies[side].high_ms]
+        metrics[side] |= timed[side]
     metrics["run"]["latency"] = conditions(target, single, threads)  # type: ignore[arg-type]
     if out is not None:
         with new_folder(out, overwrite) as folder:
