@@ -22,11 +22,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# criteria.py and corrections.py need a checkpoint and CIFAR-10: see docs/results.md.
+# The quick ones. Those that need a checkpoint and CIFAR-10, other people's packages or hours: see docs/results.md.
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/demo.py --record
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/large_layers.py
+	$(BIN)/python benchmarks/layers.py --targets onnxruntime --threads 1 --batches 1
+	$(BIN)/python benchmarks/networks.py --threads 1 --only resnet18
 	$(BIN)/python benchmarks/tables.py
 
 # The tables in README.md and docs/results.md, from the JSON that the benchmarks wrote.
