@@ -318,6 +318,28 @@ def int8_layers(model: str) -> Callable[[], str]:
     return table
 
 
+def peers(model: str) -> Callable[[], str]:
+    def table() -> str:
+        data = read(f"peers-{model}")["rows"]
+        rows = []
+        for row in sorted(data, key=lambda r: (-r["budget"], -r["after"])):
+            rows.append(
+                (
+                    f"{row['budget']:g}",
+                    row["method"],
+                    f"{row['macs_kept']:.3f}",
+                    f"{row['parameters']:,}",
+                    f"{row['latency']:.2f}",
+                    f"{row['before']:.2f}",
+                    f"{row['after']:.2f}",
+                )
+            )
+        header = ("budget", "method", "MACs kept", "parameters", "time", "before training %", "fine-tuned %")
+        return markdown_table(header, rows)
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "criteria-resnet32": criteria("resnet32"),
@@ -336,6 +358,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "networks": networks,
     "latency_budget-resnet32": latency_budget("resnet32"),
     "int8-resnet32": int8("resnet32"),
+    "peers-resnet32": peers("resnet32"),
     "int8-layers": int8_layers("resnet32"),
 }
 
