@@ -175,6 +175,10 @@ def structure_changed(random: np.random.Generator, model: ModelProto) -> str:
                 "huge tensor",
                 "endless loop",
                 "no names",
+                "weight behind an alias",
+                "output added",
+                "weight of two types",
+                "harmless attribute",
             ]
         )
     )
@@ -239,12 +243,36 @@ def structure_changed(random: np.random.Generator, model: ModelProto) -> str:
         dims = graph.input[0].type.tensor_type.shape.dim
         dims[random.integers(len(dims))].dim_value = number()
     elif kind == "weight as input":
-        graph.input.append(helper.make_tensor_value_info(conv.input[1], TensorProto.FLOAT, None))
+        held = {each.name: each for each in tensors_of(model)}
+        dims = list(held[conv.input[1]].dims) if conv.input[1] in held else None
+        graph.input.append(helper.make_tensor_value_info(conv.input[1], TensorProto.FLOAT, dims))
     elif kind == "shared weight":
-        conv.input[1] = convolutions[0].input[1]
+        graph.node.append(helper.make_node("Conv", ["r2", "w2"], ["shared"], name="shared"))
+        graph.output.append(helper.make_tensor_value_info("shared", TensorProto.FLOAT, ["n", 8, "a", "b"]))
     elif kind == "1-D or 3-D":
-        shape = [8, 8, 3] if random.random() < 0.5 else [8, 8, 3, 3, 3]
-        tensor.CopyFrom(numpy_helper.from_array(np.ones(shape, np.float32), tensor.name))
+        flat = random.random() < 0.5
+        sizes = np.array([0, 8, -1] if flat else [0, 8, 1, 3, -1])
+        weight = np.ones([4, 8, 3] if flat else [4, 8, 1, 3, 3], np.float32)
+        graph.initializer.extend([numpy_helper.from_array(sizes, "sizes"), numpy_helper.from_array(weight, "other")])
+        graph.node.append(helper.make_node("Reshape", ["r1", "sizes"], ["reshaped"]))
+        graph.node.append(helper.make_node("Conv", ["reshaped", "other"], ["side"], name="side"))
+        shape = ["n", 4, "l"] if flat else ["n", 4, "a", "b", "c"]
+        graph.output.append(helper.make_tensor_value_info("side", TensorProto.FLOAT, shape))
+    elif kind == "weight behind an alias":
+        graph.node.insert(list(graph.node).index(conv), helper.make_node("Identity", [conv.input[1]], ["alias"]))
+        conv.input[1] = "alias"
+    elif kind == "output added":
+        graph.output.append(helper.make_tensor_value_info(conv.output[0], TensorProto.FLOAT, ["n", "c", "a", "b"]))
+    elif kind == "weight of two types":
+        halves = numpy_helper.from_array(np.ones((4, 8, 3, 3), np.float16), "half")
+        graph.initializer.append(halves)
+        graph.node.append(helper.make_node("Cast", ["half"], ["whole"], to=1))
+        graph.node.append(helper.make_node("Conv", ["r1", "whole"], ["side"], name="side"))
+        graph.output.append(helper.make_tensor_value_info("side", TensorProto.FLOAT, ["n", 4, "a", "b"]))
+    elif kind == "harmless attribute":
+        conv = next(each for each in convolutions if each.name in ("third", ""))
+        attribute("strides", [int(random.integers(1, 4)), int(random.integers(1, 4))])
+        attribute("auto_pad", str(random.choice(["SAME_UPPER", "SAME_LOWER", "VALID"])))
     elif kind == "domain":
         node.domain = str(random.choice(["com.example", "ai.onnx", "com.microsoft"]))
     elif kind == "huge tensor":

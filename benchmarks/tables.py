@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -340,7 +341,56 @@ def peers(model: str) -> Callable[[], str]:
     return table
 
 
+def third_party() -> str:
+    rows = []
+    for row in read("third-party")["rows"]:
+        name = f"{row['package']}: {row['what']}"
+        if "refused" in row:
+            rows.append((name, row["budget"], *["–"] * 6, row["refused"]))
+            continue
+        teacher, student = row["teacher"], row["student"]
+        alike = "–" if row["in_common"] is None else f"{100 * row['in_common']:.0f} % of {row['measure']}"
+        rows.append(
+            (
+                name,
+                row["budget"],
+                f"{100 * row['decomposable']:.0f} %",
+                f"{teacher['latency_ms']:.1f} -> {student['latency_ms']:.1f}",
+                f"{teacher['latency_ms'] / student['latency_ms']:.2f}x",
+                f"{teacher['macs'] / student['macs']:.2f}x",
+                f"{teacher['onnx_bytes'] / 1e6:.1f} -> {student['onnx_bytes'] / 1e6:.1f}",
+                f"{student['relative_error']:.2f} %",
+                alike,
+            )
+        )
+    header = (
+        "model",
+        "budget",
+        "dense k×k",
+        "ms",
+        "time cut",
+        "MACs cut",
+        "MB",
+        "error of the outputs",
+        "in the package",
+    )
+    return markdown_table(header, rows)
+
+
+def hostile() -> str:
+    data = read("hostile-onnx")
+    said = Counter(row["outcome"] for row in data["rows"])
+    rows = [
+        ("refused with one sentence, nothing written", str(said["refused"])),
+        ("a correct result, checked", str(said["correct"])),
+        ("anything else", str(said["defect"])),
+    ]
+    return markdown_table((f"outcome of {len(data['rows'])} changed files", "files"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "third-party": third_party,
+    "hostile-onnx": hostile,
     "demo": demo,
     "criteria-resnet32": criteria("resnet32"),
     "corrections-resnet32": corrections("resnet32"),

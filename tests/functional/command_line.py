@@ -15,7 +15,7 @@ from dk2pnet import cli
 from dk2pnet.deploy import costs
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.pipelines import compress as pipeline
-from dk2pnet.pipelines import speed
+from dk2pnet.pipelines import compress_onnx, speed
 
 FILES = {"plan.json", "model.safetensors", "model.onnx", "metrics.json", "report.html", "recipe.yaml"}
 LOGS = {"log.jsonl", "tensorboard"}  # of a training
@@ -47,7 +47,7 @@ def here(*args, cwd):
         def quick(*networks, **options):
             return compare_latency(*networks, **options | {"seconds": 0.01, "rounds_min": 2})
 
-        for room in (pipeline, speed, costs):
+        for room in (pipeline, compress_onnx, speed, costs):
             patch.setattr(room, "compare_latency", quick)
         try:
             cli.main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -97,6 +98,8 @@ def main(folder: Path) -> None:
     except Exception as problem:
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
         error = (lines or [type(problem).__name__])[0]
+        # ONNX Runtime puts a code, and the place of this script's copy, before what it has to say.
+        error = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:\s*", "", error)
     (folder / "result.json").write_text(json.dumps({"stage": stage, "error": error}))
 
 

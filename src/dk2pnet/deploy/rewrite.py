@@ -603,9 +603,9 @@ def rewrite(network: OnnxNetwork, layers: Mapping[str, DKConv2d], forms: Mapping
     proto = ModelProto()
     proto.CopyFrom(network.proto)
     graph = proto.graph
-    at = {site.y: site for site in network.sites if site.name in layers}
-    absorbed = {site.norm.output[0] for site in at.values() if site.norm is not None}
-    by_output = {site.node.output[0]: site for site in at.values() if site.node is not None}
+    replaced = [site for site in network.sites if site.name in layers]
+    absorbed = {site.norm.output[0] for site in replaced if site.norm is not None}
+    by_output = {site.node.output[0]: site for site in replaced if site.node is not None}
     taken = _names(proto)
     nodes: list[NodeProto] = []
     removed: list[NodeProto] = []
@@ -622,7 +622,6 @@ def rewrite(network: OnnxNetwork, layers: Mapping[str, DKConv2d], forms: Mapping
         graph.initializer.extend(weights)
         if proto.ir_version < 4:  # there, every initialiser is an input too
             graph.input.extend(helper.make_tensor_value_info(w.name, w.data_type, list(w.dims)) for w in weights)
-    nodes = [*nodes]
     del graph.node[:]
     graph.node.extend(nodes)
     _sweep(proto, removed)

@@ -1,0 +1,127 @@
+"""`compress` for users who have no training code: an ONNX file in, an ONNX file out, from the command line."""
+
+import json
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import yaml
+from command_line import accuracy_in, error_of, figures, here, shell, snapshot, works
+
+from graphs import drop_initializer, save, small, value, weights
+
+WRITTEN = {"plan.json", "model.onnx", "metrics.json", "report.html", "recipe.yaml"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with teacher/model.onnx, a trained network."""
+    folder = tmp_path_factory.mktemp("onnx")
+    options = ["--model", "lenet", "--data", "digits", "--epochs", 3, "--lr", 0.05, "--batch-size", 16]
+    works(here, "train", *options, "--out", "teacher", cwd=folder)
+    return folder
+
+
+def test_a_network_for_images_from_a_bare_shell(place):
+    options = ["--model", "teacher/model.onnx", "--data", "digits", "--budget", "macs=0.5", "--threads", 1]
+    answer = works(shell, "compress", *options, "--out", "half", cwd=place)
+    assert "Written to half: model.onnx, plan.json, report.html, metrics.json, recipe.yaml" in answer.out
+    assert {path.name for path in (place / "half").iterdir()} == WRITTEN
+    metrics = figures(place / "half")
+    teacher, student = metrics["teacher"], metrics["student"]
+    trained = figures(place / "teacher")["network"]
+    assert teacher["macs"] == trained["macs"]
+    assert teacher["parameters"] == trained["parameters"]
+    assert teacher["accuracy"] == pytest.approx(trained["accuracy"])
+    assert 0.4 * teacher["macs"] < student["macs"] <= 0.5 * teacher["macs"]
+    assert student["accuracy"] > teacher["accuracy"] - 5
+    assert student["agreement"] > 90
+    assert 0 < student["relative_error"] < 30
+    assert student["onnx_difference"] < 1e-4
+    assert [decision["what"] for decision in metrics["decisions"]][0] == "layer-by-layer reconstruction"
+    content = (place / "half" / "model.onnx").read_bytes()
+    onnx.checker.check_model(content)
+    before = onnx.load(place / "teacher" / "model.onnx")
+    assert list(onnx.load_from_string(content).metadata_props) == list(before.metadata_props)
+    answer = works(here, "evaluate", "--model", "half/model.onnx", "--data", "digits", cwd=place)
+    assert accuracy_in(answer) == pytest.approx(student["accuracy"], abs=0.01)
+    page = (place / "half" / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page), "one self-contained page"
+    assert f"{student['relative_error']:.2f} % (root mean square, relative)" in page
+
+
+def test_its_recipe_repeats_the_run(place):
+    options = ["--model", "teacher/model.onnx", "--data", "digits", "--budget", "kernels=2", "--threads", 1]
+    works(here, "compress", *options, "--calibration-images", 100, "--out", "one", cwd=place)
+    works(here, "compress", "--recipe", "one/recipe.yaml", "--out", "two", cwd=place)
+    recipes = [yaml.safe_load((place / name / "recipe.yaml").read_text()) for name in ("one", "two")]
+    assert recipes[0] == recipes[1]
+    assert recipes[0]["criterion"] == "response"
+    plans = [json.loads((place / name / "plan.json").read_text()) for name in ("one", "two")]
+    for plan in plans:
+        for layer in plan["layers"]:
+            del layer["form"]  # is measured, and may differ
+    assert plans[0] == plans[1]
+
+
+def test_inputs_that_are_no_images_and_a_latency_budget(tmp_path):
+    made = small(channels=(2, 16, 24), size=(12, 10))
+    made.graph.input.append(value("scale", "n", 24, 1, 1))
+    made.graph.node[-1].output[0] = "pooled"
+    made.graph.node.append(onnx.helper.make_node("Mul", ["pooled", "scale"], ["y"]))
+    save(made, tmp_path)
+    arrays = {"x": weights(20, 2, 12, 10, seed=1), "scale": weights(20, 24, 1, 1, seed=2)}
+    np.savez(tmp_path / "inputs.npz", **arrays)
+    options = ["--model", "model.onnx", "--data", "inputs.npz", "--budget", "latency=1", "--threads", 1]
+    answer = works(here, "compress", *options, "--out", "out", cwd=tmp_path)
+    assert "relative error of the outputs" in answer.out
+    assert figures(tmp_path / "out")["run"]["images"] == {"calibration": 16, "held out": 4}
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    assert [each.name for each in session.get_inputs()] == ["x", "scale"]
+    assert session.run(None, arrays)[0].shape == (20, 24, 1, 1)
+
+
+def test_refusals_leave_nothing_behind(tmp_path):
+    save(small(size=(8, 8)), tmp_path)
+    damaged = small(size=(8, 8))
+    drop_initializer(damaged, "w2")
+    save(damaged, tmp_path, "damaged.onnx")
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:900])
+    np.savez(tmp_path / "inputs.npz", x=weights(10, 3, 8, 8))
+    np.savez(tmp_path / "other.npz", x=weights(10, 3, 9, 8))
+    np.savez(tmp_path / "names.npz", x=weights(10, 3, 8, 8), z=weights(10))
+    (tmp_path / "text.npz").write_text("nothing")
+    before = snapshot(tmp_path)
+    data = ["--data", "inputs.npz"]
+    cases = {
+        "is no ONNX file, or it is cut off": ["--model", "cut.onnx", *data],
+        "reads 'w2', which neither an input": ["--model", "damaged.onnx", *data],
+        "none.onnx does not exist": ["--model", "none.onnx", *data],
+        "criterion 'loss' needs gradients": ["--model", "model.onnx", *data, "--criterion", "loss"],
+        "criterion 'response' needs inputs": ["--model", "model.onnx"],
+        "--epochs does not go with an .onnx model": ["--model", "model.onnx", *data, "--epochs", 2],
+        "--weights does not go with an .onnx model": ["--model", "model.onnx", *data, "--weights", "w.pt"],
+        "--int8 does not go with an .onnx model": ["--model", "model.onnx", *data, "--int8"],
+        "target is 'pytorch'; expected onnxruntime or openvino": [
+            "--model",
+            "model.onnx",
+            *data,
+            "--target",
+            "pytorch",
+        ],
+        "has the shape (10, 3, 9, 8); the graph takes float (?, 3, 8, 8)": [
+            "--model",
+            "model.onnx",
+            "--data",
+            "other.npz",
+        ],
+        "holds the arrays ['x', 'z']; expected one for each input": ["--model", "model.onnx", "--data", "names.npz"],
+        "cannot be read as .npz": ["--model", "model.onnx", "--data", "text.npz"],
+        "does not say how its input is normalised": ["--model", "model.onnx", "--data", "digits"],
+        "--keep five matches no convolution": ["--model", "model.onnx", *data, "--keep", "five"],
+    }
+    for sentence, options in cases.items():
+        assert sentence in error_of(here("compress", *options, "--out", "out", cwd=tmp_path))
+        assert snapshot(tmp_path) == before
