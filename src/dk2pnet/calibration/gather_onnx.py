@@ -323,8 +323,6 @@ class _Walk:
         inputs = []
         for name in sorted({name for node in nodes for name in reads(node)} & example.keys()):
             array = example[name]
-            if not isinstance(array, np.ndarray):
-                raise Unsuitable(f"{name!r} is no tensor")
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             inputs.append(helper.make_tensor_value_info(name, kind, [None] * array.ndim))
         wanted = {name for node in nodes for name in reads(node)}
@@ -334,8 +332,10 @@ class _Walk:
             running = session(part.SerializeToString(), self.threads)
             names = [value.name for value in running.get_inputs()]
             for each, result in zip(values, kept, strict=True):
-                found = running.run(outputs, {name: each[name] for name in names})
-                result.update(zip(outputs, found, strict=True))
+                result.update(zip(outputs, running.run(outputs, {name: each[name] for name in names}), strict=True))
         except Exception as error:  # whatever ONNX Runtime says against a part of a graph that it runs as a whole
             raise Unsuitable(str(error).partition("\n")[0]) from error
+        for name, array in kept[0].items():
+            if not isinstance(array, np.ndarray):
+                raise Unsuitable(f"{name!r} is no tensor")
         return kept

@@ -251,9 +251,10 @@ def _take_external(tensor: TensorProto, path: Path) -> None:
     location = facts.get("location", "")
     what = f"tensor {tensor.name!r} of {path} has its data in {location!r}"
     folder = os.path.realpath(path.parent)
-    found = os.path.realpath(os.path.join(folder, location))
-    # realpath, so that no link leads out either.
-    if not location or os.path.isabs(location) or os.path.commonpath([folder, found]) != folder:
+    # realpath, so that no link leads out either; no path holds a null byte.
+    found = os.path.realpath(os.path.join(folder, location.replace("\0", "")))
+    inside = location and "\0" not in location and not os.path.isabs(location)
+    if not inside or os.path.commonpath([folder, found]) != folder:
         raise InputError(
             f"{what}, outside the folder of the ONNX file, which is not read; put the data beside the file"
         )
@@ -339,7 +340,7 @@ def _check_graph(proto: ModelProto, path: Path) -> None:
                 )
         for name in node.output:
             if name and name in known:
-                raise InputError(f"two nodes of {path} give the tensor {name!r}; the file is damaged")
+                raise InputError(f"the tensor {name!r} of {path} is given twice; the file is damaged")
             known.add(name)
     for value in graph.output:
         if value.name not in known:

@@ -186,7 +186,7 @@ class _Slices:
         for start in range(0, len(self.rows), self.batch):
             rows = list(self.rows[start : start + self.batch])
             where: Any = rows[0] if self.stacked else rows
-            yield Feed({name: np.ascontiguousarray(array[where]) for name, array in self.arrays.items()}, len(rows))
+            yield Feed({name: np.asarray(array[where]) for name, array in self.arrays.items()}, len(rows))
 
 
 @dataclass(frozen=True, eq=False)
