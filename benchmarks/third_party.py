@@ -387,6 +387,7 @@ def run_in_package(mode: str, name: str, folder: Path, out: Path) -> None:
 
 
 def row_of(name: str, budget: str, work: Path, threads: int) -> dict[str, Any]:
+    from dk2pnet.deploy.rewrite import read_onnx
     from dk2pnet.errors import InputError
     from dk2pnet.pipelines.compress_onnx import compress_onnx
 
@@ -408,18 +409,18 @@ def row_of(name: str, budget: str, work: Path, threads: int) -> dict[str, Any]:
     compressed.write_bytes(result.content)
     before, after = answers_of(name, None), answers_of(name, compressed)
     shares = [share for share in map(model.same, before, after) if share is not None]
-    dense = [layer for layer in metrics["layers"] if layer["macs_dense"] and layer["shape"] != "?"]
-    spatial = sum(layer["macs_dense"] for layer in dense if not layer["reason"] or "cheaper" in layer["reason"])
+    spatial = {site.name for site in read_onnx(original).sites if not site.reason}
+    share = sum(layer["macs_dense"] for layer in metrics["layers"] if layer["name"] in spatial)
     return row | {
         "teacher": metrics["teacher"],
         "student": metrics["student"],
         "decisions": metrics["decisions"],
         "search": metrics["latency_search"],
         "inputs": metrics["run"]["images"],
-        "decomposable": spatial / metrics["teacher"]["macs"],
+        "decomposable": share / metrics["teacher"]["macs"],
         "answers": len(shares),
         "in_common": sum(shares) / len(shares) if shares else None,
-        "examples": [{"original": a, "compressed": b} for a, b in list(zip(before, after, strict=True))[:3]],
+        "examples": list(zip(before, after, strict=True))[:5] if model.same is equal else [],
         "seconds": metrics["run"]["seconds"],
         "run": {key: metrics["run"][key] for key in ("versions", "hardware", "latency")},
     }
