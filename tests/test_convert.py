@@ -139,7 +139,7 @@ def test_macs_of_a_plan_are_those_that_are_counted(odd):
     "text", ["macs=0", "macs=1.1", "macs=-1", "macs", "kernels=0", "kernels=1.5", "x=1", "macs=nan"]
 )
 def test_bad_budgets(text):
-    with pytest.raises(InputError, match="expected macs=F or params=F"):
+    with pytest.raises(InputError, match="expected macs=F, params=F or latency=F"):
         Budget.parse(text)
 
 
