@@ -19,9 +19,19 @@ from dk2pnet.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["AUGMENTATIONS", "Batches", "ImageData", "Normalization", "Rows", "first_line", "generator_for"]
+__all__ = [
+    "AUGMENTATIONS",
+    "SMALLEST_CROP",
+    "Batches",
+    "ImageData",
+    "Normalization",
+    "Rows",
+    "first_line",
+    "generator_for",
+]
 
 AUGMENTATIONS = ("none", "digits", "natural")
+SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image keeps at least, as is usual
 
 _SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
 
@@ -175,22 +185,22 @@ class Rows:
                     )
                 yield image.convert("L" if self.channels == 1 else "RGB")
 
-    def decode(self, positions: Tensor, augment: str = "none") -> Tensor:
+    def decode(self, positions: Tensor, augment: str = "none", least: float = SMALLEST_CROP) -> Tensor:
         """Decode the images at these positions to uint8 (B, C, H, W); ``augment`` draws from the global generator."""
         out = torch.empty((len(positions), self.channels, *self.size), dtype=torch.uint8)
-        crop = _random_crop(self.size, augment) if augment != "none" else partial(_fit, size=self.size)
+        crop = _random_crop(self.size, augment, least) if augment != "none" else partial(_fit, size=self.size)
         for number, image in enumerate(self.pictures(positions)):
             pixels = torch.from_numpy(np.array(crop(image)))
             out[number] = pixels if self.channels == 1 else pixels.permute(2, 0, 1)
         return out
 
-    def __getitem__(self, batch: tuple[Tensor, str, int]) -> Tensor | InputError:
+    def __getitem__(self, batch: tuple[Tensor, str, float, int]) -> Tensor | InputError:
         """For a worker of a `DataLoader`: one augmented batch. An error travels whole only if it is handed over."""
-        positions, augment, seed = batch
+        positions, augment, least, seed = batch
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
-                return self.decode(positions, augment)
+                return self.decode(positions, augment, least)
         except InputError as error:
             return error
 
@@ -287,14 +297,19 @@ class ImageData:
         seed: int = 0,
         epoch: int = 0,
         workers: int = 2,
+        least: float = SMALLEST_CROP,
+        whole: bool = False,
     ) -> Batches:
         """Batches of at most ``batch_size`` images; see `Batches`.
 
         ``augment`` is ``natural`` (shift and mirror), ``digits`` (shift) or ``none``. In memory a shift is by up to an
-        eighth of the side, filled with black; of larger images a random part is cut out and resized instead.
-        ``workers`` processes decode images that are not kept in memory.
+        eighth of the side, filled with black; of larger images a random part, of at least the share ``least`` of the
+        area, is cut out and resized instead. ``workers`` processes decode images that are not kept in memory.
+        ``whole`` leaves out a last batch that is not full, unless it is the only one.
         """
-        return Batches(self, batch_size, normalization, augment, shuffle, seed, epoch, workers)
+        return Batches(
+            self, batch_size, normalization, augment, shuffle, seed, epoch, workers, least=least, whole=whole
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,6 +331,8 @@ class Batches:
     first: int = 0
     rank: int = 0
     world: int = 1
+    least: float = SMALLEST_CROP
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -325,8 +342,9 @@ class Batches:
         self.normalization.check(self.data.channels)
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.data), self.batch_size)
-        return max(0, whole + (rest >= self.world and rest > 0) - self.first)
+        full, rest = divmod(len(self.data), self.batch_size)
+        kept = rest >= self.world and rest > 0 and not (self.whole and full)
+        return max(0, full + kept - self.first)
 
     def part(self, first: int, rank: int = 0, world: int = 1) -> Batches:
         """The same batches from number `first` on; of each, every `world`-th image from number `rank` on.
@@ -340,26 +358,28 @@ class Batches:
         generator = generator_for(self.seed, self.epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         parts = order.split(self.batch_size) if count else ()
+        if self.whole and len(parts) > 1 and len(parts[-1]) < self.batch_size:
+            parts = parts[:-1]
         # A seed for each batch, so that any of them can be made without those before it.
         seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
         tasks = [
-            (part[self.rank :: self.world], self.augment, seed + self.rank)
+            (part[self.rank :: self.world], self.augment, self.least, seed + self.rank)
             for part, seed in list(zip(parts, seeds, strict=True))[self.first :]
             if len(part) >= self.world
         ]
         images = self._from_memory(tasks) if self.data.in_memory else self._from_workers(tasks)
-        for (part, _, _), x in zip(tasks, images, strict=True):
+        for (part, *_), x in zip(tasks, images, strict=True):
             yield self.normalization.apply(x), None if labels is None else labels[part]
 
-    def _from_memory(self, tasks: Sequence[tuple[Tensor, str, int]]) -> Iterator[Tensor]:
+    def _from_memory(self, tasks: Sequence[tuple[Tensor, str, float, int]]) -> Iterator[Tensor]:
         images = self.data.images
-        for part, augment, seed in tasks:
+        for part, augment, _, seed in tasks:
             x = images[part]
             if augment != "none":
                 x = _shift(x, torch.Generator().manual_seed(seed), flip=augment == "natural")
             yield x
 
-    def _from_workers(self, tasks: Sequence[tuple[Tensor, str, int]]) -> Iterator[Tensor]:
+    def _from_workers(self, tasks: Sequence[tuple[Tensor, str, float, int]]) -> Iterator[Tensor]:
         loader = torch.utils.data.DataLoader(
             self.data._rows,  # type: ignore[arg-type]
             sampler=tasks,  # type: ignore[arg-type]
@@ -394,10 +414,10 @@ def _shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     return x
 
 
-def _random_crop(size: tuple[int, int], augment: str) -> Callable[[Image], Image]:
+def _random_crop(size: tuple[int, int], augment: str, least: float) -> Callable[[Image], Image]:
     from torchvision.transforms import v2
 
-    crop = v2.RandomResizedCrop(size, antialias=True)
+    crop = v2.RandomResizedCrop(size, scale=(least, 1.0), antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip()]) if augment == "natural" else crop
 
 

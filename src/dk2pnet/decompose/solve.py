@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dk2pnet.errors import InputError
 
-__all__ = ["Factors", "Problem", "solve", "solve_many", "spectrum"]
+__all__ = ["Factors", "Problem", "damped", "diagonal_blocks", "solve", "solve_many", "spectrum"]
 
 # Layers whose stacked A stays below this many bytes are solved together: tiny problems are bound by call overhead.
 _STACK_BYTES = 64 * 2**20
@@ -109,7 +109,7 @@ def spectrum(
     values of ``B^1/2 W_c L_c``): how much the error of that channel alone falls when the kernel is added."""
     W = _grouped(weight, groups)
     _, N, C, q = W.shape
-    diagonal = _diagonal_blocks(_damped(A, C, q, damping), C, q) if A is not None else None
+    diagonal = diagonal_blocks(damped(A, C, q, damping), C, q) if A is not None else None
     root = _root(B) @ W.flatten(2) if B is not None else W.flatten(2)
     Y = root.view(groups, N, C, q).transpose(1, 2)
     if diagonal is not None:
@@ -146,14 +146,16 @@ def _ridge(A: Tensor, damping: float) -> Tensor:
     return damping * mean if float(mean) > 0 else torch.ones_like(mean)
 
 
-def _damped(A: Tensor, C: int, q: int, damping: float) -> Tensor:
+def damped(A: Tensor, C: int, q: int, damping: float) -> Tensor:
+    """A copy of A with its diagonal raised, as ``(G, C, q, C, q)``."""
     ridge = _ridge(A, damping)
     A = A.detach().to("cpu", torch.float64, copy=True)
     A.diagonal(dim1=1, dim2=2).add_(ridge)
     return A.view(-1, C, q, C, q)
 
 
-def _diagonal_blocks(A: Tensor, C: int, q: int) -> Tensor:
+def diagonal_blocks(A: Tensor, C: int, q: int) -> Tensor:
+    """The moments of each channel alone, ``(G, C, q, q)``."""
     A = A.view(-1, C, q, C, q)
     return A.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
@@ -179,7 +181,7 @@ def _solve_stack(problems: Sequence[Problem], damping: float, sweeps: int, toler
         A = torch.eye(C * q, dtype=W.dtype).expand(G, -1, -1).contiguous().view(G, C, q, C, q)
         target = W
     elif problems[0].A is not None:
-        A = torch.cat([_damped(problem.A, C, q, damping) for problem in problems if problem.A is not None])
+        A = torch.cat([damped(problem.A, C, q, damping) for problem in problems if problem.A is not None])
         if problems[0].target is None:
             target = (W.flatten(2) @ A.view(G, C * q, C * q)).view_as(W)
         else:
@@ -238,7 +240,7 @@ class _Descent:
         if A is None:
             self.L = self.inverse = eye
         else:
-            self.L = torch.linalg.cholesky(_diagonal_blocks(A, self.C, self.q))
+            self.L = torch.linalg.cholesky(diagonal_blocks(A, self.C, self.q))
             self.inverse = torch.linalg.solve_triangular(self.L, eye, upper=False)
         self.total = (W * self.target).sum((1, 2, 3))
         # the start: every channel on its own

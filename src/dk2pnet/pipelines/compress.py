@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dk2pnet import processes
-from dk2pnet.calibration.gather import gather_moments
-from dk2pnet.calibration.reconstruct import reconstruct
-from dk2pnet.calibration.statistics import correct_biases, has_batch_norm, reestimate_batch_norm
-from dk2pnet.calibration.store import MomentStore
-from dk2pnet.convert import Convolution, convert, copy_model, find_convolutions, with_kernels
-from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_split, split_training
-from dk2pnet.decompose.solve import Factors
+from dk2pnet.convert import copy_model, find_convolutions
+from dk2pnet.data import AUGMENTATIONS, Normalization
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.latency import check_target, compare_latency, conditions, latency_figures
 from dk2pnet.deploy.onnx import export_onnx
@@ -31,7 +23,6 @@ from dk2pnet.measure import (
     Predictions,
     accuracy,
     agreement,
-    divergence,
     is_classifier,
     macs,
     outputs_of,
@@ -39,7 +30,8 @@ from dk2pnet.measure import (
     predict,
 )
 from dk2pnet.pipelines.clock import Clock
-from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
+from dk2pnet.pipelines.closed_form import ClosedForm, Solved, solved_once
+from dk2pnet.pipelines.decomposition import CRITERIA
 from dk2pnet.pipelines.extras import PT2, write_int8, write_pt2
 from dk2pnet.pipelines.fit import fit
 from dk2pnet.pipelines.folders import (
@@ -51,28 +43,24 @@ from dk2pnet.pipelines.folders import (
     write_onnx,
     write_recipe,
 )
+from dk2pnet.pipelines.images import Images, named_images, user_images
 from dk2pnet.pipelines.inputs import (
     Network,
     Progress,
-    batch_size_for,
     environment,
     load_data,
     open_network,
     pick_device,
     silent,
 )
-from dk2pnet.pipelines.speed import Spent, choose_forms, deployable, spend_latency
+from dk2pnet.pipelines.speed import choose_forms, deployable
+from dk2pnet.pipelines.tune import Tuner, tuning_of
 from dk2pnet.plan import Budget, LayerPlan, Plan
 from dk2pnet.report.page import write_page
-from dk2pnet.student import load_student, save_student
+from dk2pnet.student import save_student
 from dk2pnet.training.trainer import TrainingOptions
 
 __all__ = ["CRITERIA", "Result", "compress", "layer_figures"]
-
-# Where not all images fit into memory at once, the layer-by-layer reconstruction makes do with so many of them.
-_RECONSTRUCTION_IMAGES = 256
-
-_Batches = Iterable[tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -82,18 +70,6 @@ class Result:
     model: nn.Module
     plan: Plan
     metrics: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class _Images:
-    """The images of a run, as normalised batches. `held_out` decides, `test` only reports."""
-
-    gather: _Batches
-    held_out: _Batches
-    counts: dict[str, int]
-    test: _Batches | None = None
-    train: ImageData | UserBatches | None = None
-    validation: ImageData | None = None
 
 
 def compress(
@@ -114,6 +90,8 @@ def compress(
     calibration_images: int = 2000,
     memory: float = 2.0,
     rebuild: bool = True,
+    tune: str | int | None = None,
+    augment: str | None = None,
     epochs: int = 0,
     batch_size: int = 128,
     learning_rate: float = 0.02,
@@ -158,6 +136,10 @@ def compress(
     calibration_images : images of the training split, labels unused; a fifth of them only decides
     memory : GiB for the moments (and again for the activations of the reconstruction)
     rebuild : whether to try the layer-by-layer reconstruction, which takes minutes for large images
+    tune : distil the teacher into the student on the calibration images, without labels: a number of steps, a time
+        ("2m"), 0 for not at all; None is 150 steps where `epochs` is 0, there are at least 100 calibration images, and
+        the network is no more costly than CIFAR's ResNet-56
+    augment : of the images of a named data set while tuning: ``natural``, ``digits``, ``none``; None for what suits it
     epochs, batch_size, learning_rate, method, hints, precision, compile, checkpoint_every : of the training after the
         decomposition, 0 epochs for none; as in `TrainingOptions`
     out : folder to write; None writes nothing and measures no latency. While the training runs, checkpoints and logs
@@ -179,6 +161,8 @@ def compress(
             "expected at least 2 images, memory above 0 and no negative epochs"
         )
     check_target(target)
+    if augment is not None and augment not in AUGMENTATIONS:
+        raise InputError(f"augmentation is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
     int8 = int8 or target == "onnxruntime-int8"
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
@@ -208,9 +192,9 @@ def compress(
     images = None
     if training_split is not None:
         test = load_data(named, "test", model, data_dir=data_dir, input_size=input_size)  # type: ignore[arg-type]
-        images = _named_images(training_split, test, network, calibration_images)
+        images = named_images(training_split, test, network, calibration_images)
     elif data is not None:
-        images = _user_images(data, test_data, calibration_images)
+        images = user_images(data, test_data, calibration_images)
     if images is None and (CRITERIA[criterion][0] or epochs):
         what = f"criterion {criterion!r}" if CRITERIA[criterion][0] else "training"
         raise InputError(f"{what} needs images and none were given; give --data, or use --criterion weight --epochs 0")
@@ -218,6 +202,7 @@ def compress(
         raise InputError("int8 needs images to calibrate on and none were given; give --data, or leave --int8 away")
     example = _example(example_input, images, network, input_size).to(chosen)
     _check_output(teacher, example, criterion)
+    tuning = tuning_of(tune, epochs=epochs, images=images, macs=macs(teacher, example))
     teacher_held = None
     if images is not None:
         teacher_held = predict(teacher, images.held_out, chosen)
@@ -230,36 +215,58 @@ def compress(
     left_out = ("command", "progress", "overwrite", "out", "test_data", "example_input")
     recipe = {key: _plain(value) for key, value in asked.items() if key not in left_out}
     with ExitStack() as whole:
-        folder = None
-        if out is not None and options is not None:
+        folder, steps = None, 0
+        if out is not None and (options is not None or tuning.wanted):
             kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"}
             folder = whole.enter_context(unfinished(out, overwrite, {"command": "compress", **kept}))
 
-        def solved() -> _Solved:
-            return _closed_form(
+        def solve() -> Solved:
+            with ClosedForm(
                 teacher,
                 teacher_held,
                 network,
                 images,
                 example,
-                wanted,
                 criterion,
-                keep,
-                first,
-                int(memory * 2**30),
-                rebuild,
-                seed,
-                target,
-                threads,
-                clock,
-                progress,
-            )
+                keep=keep,
+                first=first,
+                memory=int(memory * 2**30),
+                rebuild=rebuild,
+                seed=seed,
+                target=target,
+                threads=threads,
+                clock=clock,
+                progress=progress,
+            ) as closed:
+                return closed.solve(wanted, whiten=tuning.wanted)
 
-        student, plan, decisions, search = solved() if folder is None else _solved_once(folder, teacher, clock, solved)
-        student = student.to(chosen)
+        solved = solve() if folder is None else solved_once(folder, teacher, clock, solve)
+        student, plan = solved.student.to(chosen), solved.plan
         set_form(student, "folded")  # the fastest form in eager PyTorch; `branches` again at the end
         figures = _Figures(teacher, teacher_held, images, chosen, progress)
         stages = [figures.of(teacher, "teacher"), figures.of(student, "closed form")]
+        if tuning.wanted and any(layer.counts is not None for layer in plan.layers):
+            assert images is not None
+            assert teacher_held is not None
+            tuner = Tuner(
+                teacher,
+                teacher_held,
+                images,
+                example=example,
+                name=named,
+                normalization=network.normalization,
+                augment=augment,
+                precision=precision,
+                seed=seed,
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+            )
+            place = folder / "tuning" if folder is not None else None
+            with clock("tune"):
+                steps = tuning.steps or tuner.steps_in(tuning.seconds or 0.0, solved, place)
+                recipe["tune"] = steps
+                student = tuner.tune(solved, steps, place)
+            stages.append(figures.of(student, "tuned"))
         if options is not None:
             assert images is not None
             assert images.train is not None
@@ -286,8 +293,9 @@ def compress(
             "student": stages[-1] | {"parameters": parameters(student), "macs": macs(student, example)},
             "stages": stages,
             "layers": [layer_figures(layer) for layer in plan.layers],
-            "decisions": decisions,
-            "latency_search": search,
+            "decisions": solved.decisions,
+            "latency_search": solved.search,
+            "tuning": {"steps": steps, "said": tuning.said},
             "run": {
                 "command": command or "dk2pnet.compress(...)",
                 "seed": seed,
@@ -322,196 +330,10 @@ def compress(
     return Result(student, plan, metrics)
 
 
-class _Solved(NamedTuple):
-    """The student before any training, its plan, and which corrections were kept."""
-
-    student: nn.Module
-    plan: Plan
-    decisions: list[dict[str, Any]]
-    search: list[dict[str, float]]  # of a latency budget: what was asked of the table, and what was measured
-
-
-def _closed_form(
-    teacher: nn.Module,
-    teacher_held: Predictions | None,
-    network: Network,
-    images: _Images | None,
-    example: Tensor,
-    budget: Budget,
-    criterion: str,
-    keep: Sequence[str],
-    first: bool,
-    memory: int,
-    rebuild: bool,
-    seed: int,
-    target: str,
-    threads: int | None,
-    clock: Clock,
-    progress: Progress,
-) -> _Solved:
-    """Calibrate, select, solve, replace and correct."""
-    device = example.device
-    sites = find_convolutions(teacher, example, keep, first)
-    open_sites = {site.name: site for site in sites if not site.reason}
-    if not open_sites:
-        raise InputError("the network has no convolution that can be decomposed: " + _reasons(sites))
-    teacher_macs, teacher_parameters = macs(teacher, example), parameters(teacher)
-    needs_images, needs_gradients = CRITERIA[criterion]
-    with MomentStore() as store:
-        energies = {}
-        if needs_images:
-            assert images is not None
-            total = images.counts["calibration"]
-            # Each process gathers from its part of the images.
-            start, stop = (total * each // processes.count() for each in (processes.rank(), processes.rank() + 1))
-            groups = gather_moments(
-                teacher,
-                {name: site.module for name, site in open_sites.items()},  # type: ignore[misc]
-                images.gather if stop - start == total else _Slice(images.gather, start, stop),
-                gradients=needs_gradients,
-                memory=memory,
-                seed=seed,
-                first_image=start,
-                device=device,
-                progress=lambda what, done: progress(f"moments, {what}", done, stop - start),
-            )
-            while (group := clock.time("moments", lambda: next(groups, None))) is not None:
-                for moments in group.values():
-                    moments.merge(processes.sum_over_all)
-                store.add_group(group)
-                with clock("spectra"):
-                    energies |= {name: energies_of(open_sites[name], store, criterion) for name in group}
-        else:
-            with clock("spectra"):
-                energies = {name: energies_of(site, None, criterion) for name, site in open_sites.items()}
-        search: list[dict[str, float]] = []
-        forms: dict[str, str] = {}
-        if budget.kind == "latency":
-            with clock("latency search"):
-                spent = _spend_time(budget.value, teacher, open_sites, energies, example, target, threads, progress)
-            counts, forms, search = spent.counts, spent.forms, spent.attempts
-        else:
-            counts = spend(budget, open_sites, energies, teacher_macs, teacher_parameters)
-        replaced = {name: count for name, count in counts.items() if count is not None}
-        plan = make_plan(sites, counts, energies, network, example, criterion, budget, teacher_macs, teacher_parameters)
-        for layer in plan.layers:
-            layer.form = forms.get(layer.name)
-        progress("solving", 0, len(replaced))
-        with clock("solve"):
-            factors = solve_layers(replaced, open_sites, store, criterion, progress)
-        decisions: list[dict[str, Any]] = []
-        student = convert(teacher, plan, factors)
-        set_form(student, "folded")
-        if needs_images and replaced and rebuild:
-            assert images is not None
-            assert teacher_held is not None
-            fisher = {name: store[name].B() for name in replaced}
-            with clock("reconstruct"):
-                better = _reconstructed(
-                    teacher, plan, factors, sites, replaced, fisher, images, memory, seed, device, progress
-                )
-            student = _keep_better(
-                "layer-by-layer reconstruction", student, better, teacher_held, images, device, decisions
-            )
-    if images is not None and replaced:
-        assert teacher_held is not None
-        with clock("correct"):
-            corrected = copy_model(student)
-            if has_batch_norm(student):
-                what = "batch-norm re-estimation"
-                reestimate_batch_norm(corrected, images.gather, device)
-            else:
-                what = "bias correction"
-                correct_biases(corrected, teacher, [site.name for site in sites], images.gather, device)
-            student = _keep_better(what, student, corrected, teacher_held, images, device, decisions)
-    return _Solved(student, plan, decisions, search)
-
-
-def _solved_once(folder: Path, teacher: nn.Module, clock: Clock, solve: Callable[[], _Solved]) -> _Solved:
-    """What `solve` gives, kept in `folder`, so that a run that was killed does not solve again.
-
-    With several processes all of them take the main one's.
-    """
-    kept, notes = folder / "closed-form", "closed-form.json"
-    if not (folder / notes).exists():
-        solved = solve()
-        if processes.is_main():
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.mkdir()
-            save_student(solved.student, solved.plan, kept)
-            facts = {"decisions": solved.decisions, "search": solved.search, "seconds": clock.seconds}
-            write_json(folder / f"{notes}.part", facts)
-            os.replace(folder / f"{notes}.part", folder / notes)
-        processes.wait()
-    found = json.loads((folder / notes).read_text(encoding="utf-8"))
-    clock.seconds = found["seconds"]
-    student, plan = load_student(kept, factory=lambda: copy_model(teacher).cpu())
-    return _Solved(student, plan, found["decisions"], found["search"])
-
-
-def _spend_time(
-    fraction: float,
-    teacher: nn.Module,
-    sites: Mapping[str, Convolution],
-    energies: Mapping[str, Tensor],
-    example: Tensor,
-    target: str,
-    threads: int | None,
-    progress: Progress,
-) -> Spent:
-    """Spend a latency budget; with several processes the main one measures for all."""
-    found: list[Spent | InputError | None] = [None]
-    if processes.is_main():
-        sizes = {name: site.input_size for name, site in sites.items()}
-        table = LatencyTable(target, threads)
-        dense = deployable(teacher, example, target)
-
-        def build(counts: Mapping[str, Tensor | None]) -> tuple[Any, dict[str, str]]:
-            student = with_kernels(teacher, counts)
-            forms = choose_forms(student, sizes, table)
-            return deployable(student, example, target, forms), forms
-
-        try:
-            found[0] = spend_latency(fraction, sites, energies, table, dense, build, example.cpu(), progress=progress)
-        except InputError as error:
-            found[0] = error
-    processes.broadcast(found)
-    if isinstance(found[0], InputError):
-        raise found[0]
-    assert found[0] is not None
-    return found[0]
-
-
 # -- the steps, in order --------------------------------------------------------------------------------------------
 
 
-def _named_images(training: ImageData, test: ImageData | None, network: Network, count: int) -> _Images:
-    if network.normalization is None:
-        raise InputError(
-            "the normalisation that the network was trained with is not known; give it with --normalize "
-            "(imagenet, cifar10, ... or MEAN,.../STD,...)"
-        )
-    norm = network.normalization
-    norm.check(training.channels)
-    kept, validation = split_training(training)
-    gather, held_out = calibration_split(kept, count)
-    size = batch_size_for(training.size)
-    counts = {"calibration": len(gather), "held out": len(held_out)}
-    test_batches = None
-    if test is not None and test.labels is not None:
-        counts["test"] = len(test)
-        test_batches = test.batches(size, norm)
-    return _Images(gather.batches(size, norm), held_out.batches(size, norm), counts, test_batches, kept, validation)
-
-
-def _user_images(data: Iterable[Any], test_data: Iterable[Any] | None, count: int) -> _Images:
-    batches = UserBatches(data)
-    gather, held_out = batches.calibration_split(count)
-    counts = {"calibration": sum(len(x) for x, _ in gather), "held out": sum(len(x) for x, _ in held_out)}
-    return _Images(gather, held_out, counts, None if test_data is None else UserBatches(test_data), batches)
-
-
-def _example(given: Tensor | None, images: _Images | None, network: Network, input_size: int | None) -> Tensor:
+def _example(given: Tensor | None, images: Images | None, network: Network, input_size: int | None) -> Tensor:
     if given is not None:
         if given.dim() != 4 or not given.is_floating_point():
             raise InputError(
@@ -546,84 +368,6 @@ def _check_output(teacher: nn.Module, example: Tensor, criterion: str) -> None:
         )
 
 
-def _reconstructed(
-    teacher: nn.Module,
-    plan: Plan,
-    factors: Mapping[str, Factors],
-    sites: Sequence[Convolution],
-    counts: Mapping[str, Tensor],
-    fisher: Mapping[str, Tensor | None],
-    images: _Images,
-    memory: int,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-) -> nn.Module:
-    """The student of the asymmetric reconstruction."""
-    dense = copy_model(teacher)
-    modules = dict(dense.named_modules())
-    converted = dict(convert(teacher, plan, factors).named_modules())
-    with torch.no_grad():
-        for name in counts:
-            modules[name].weight.copy_(converted[name].fold())  # type: ignore[union-attr,operator]
-    images_used = images.counts["calibration"]
-    batches: _Batches = images.gather
-    activation = max(site.activation for site in sites)
-    if 4 * 3 * activation * images_used > memory / 2 and images_used > _RECONSTRUCTION_IMAGES:
-        images_used, batches = _RECONSTRUCTION_IMAGES, _Slice(images.gather, 0, _RECONSTRUCTION_IMAGES)
-    found = reconstruct(
-        teacher,
-        dense,
-        sites,
-        counts,
-        fisher,
-        batches,
-        images=images_used,
-        memory=memory,
-        seed=seed,
-        device=device,
-        progress=lambda done: progress("layer-by-layer reconstruction", done, len(counts)),
-    )
-    student = convert(teacher, plan, {**factors, **found})
-    set_form(student, "folded")
-    return student
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """Images `start` to `stop` of batches."""
-
-    batches: _Batches
-    start: int
-    stop: int
-
-    def __iter__(self) -> Any:
-        first = 0
-        for x, y in self.batches:
-            part = slice(max(self.start - first, 0), self.stop - first)
-            first += len(x)
-            if first > self.start:
-                yield x[part], None if y is None else y[part]
-            if first >= self.stop:
-                return
-
-
-def _keep_better(
-    what: str,
-    before: nn.Module,
-    after: nn.Module,
-    teacher_held: Predictions,
-    images: _Images,
-    device: torch.device,
-    decisions: list[dict[str, Any]],
-) -> nn.Module:
-    """The one of two students whose outputs on the held-out images are closer to the teacher's."""
-    old, new = (divergence(teacher_held, predict(model, images.held_out, device)) for model in (before, after))
-    measure = "KL(teacher || student)" if is_classifier(teacher_held.outputs) else "relative squared error"
-    decisions.append({"what": what, "before": old, "after": new, "kept": new < old, "measure": measure})
-    return after if new < old else before
-
-
 class _Figures:
     """Accuracy on the test split and agreement on the held-out images."""
 
@@ -631,7 +375,7 @@ class _Figures:
         self,
         teacher: nn.Module,
         teacher_held: Predictions | None,
-        images: _Images | None,
+        images: Images | None,
         device: torch.device,
         progress: Progress,
     ) -> None:
@@ -689,7 +433,7 @@ def _write(
     logs: Path | None,
     threads: int | None,
     target: str,
-    int8: _Images | None,
+    int8: Images | None,
     pt2: bool,
     clock: Clock,
     progress: Progress,
@@ -749,10 +493,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value] if all(isinstance(item, str) for item in value) else None
     return value if isinstance(value, str | int | float | bool) else None
-
-
-def _reasons(sites: Sequence[Convolution]) -> str:
-    return (
-        "; ".join(f"{site.name}: {site.reason}" for site in sites[:4]) + (" ..." if len(sites) > 4 else "")
-        or "none at all"
-    )

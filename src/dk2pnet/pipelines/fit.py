@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dk2pnet.data import ImageData, Normalization, UserBatches
+from dk2pnet.data import SMALLEST_CROP, ImageData, Normalization, UserBatches
+from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.measure import accuracy, predict
 from dk2pnet.pipelines.inputs import Progress, augmentation_for, batch_size_for
@@ -27,20 +28,38 @@ def fit(
     teacher: nn.Module | None = None,
     name: str | None = None,
     normalization: Normalization | None = None,
+    augment: str | None = None,
+    least_crop: float = SMALLEST_CROP,
+    whole: bool = False,
+    whitenings: Mapping[str, Whitening] | None = None,
+    what: str = "training",
     validation: ImageData | None = None,
     device: torch.device,
     folder: Path | None = None,
     progress: Progress,
 ) -> dict[str, float]:
-    """Train `model` on `data` in place; returns the mean loss terms of the last epoch."""
+    """Train `model` on `data` in place; returns the mean loss terms of the last epoch.
+
+    `augment`, `least_crop`, `whole`: as in `ImageData.batches`, None for what suits the data set of that `name`; a
+    user's own batches are taken as they are.
+    """
     if isinstance(data, ImageData):
         assert normalization is not None
-        norm, augment = normalization, augmentation_for(name or "")
+        norm, kind = normalization, augmentation_for(name or "") if augment is None else augment
 
         def epoch_of(epoch: int) -> Iterable[tuple[Tensor, Tensor | None]]:
-            return data.batches(options.batch_size, norm, augment=augment, shuffle=True, seed=options.seed, epoch=epoch)
+            return data.batches(
+                options.batch_size,
+                norm,
+                augment=kind,
+                shuffle=True,
+                seed=options.seed,
+                epoch=epoch,
+                least=least_crop,
+                whole=whole,
+            )
 
-        steps = len(data.batches(options.batch_size, norm).part(0, 0, count()))
+        steps = len(epoch_of(0).part(0, 0, count()))  # type: ignore[attr-defined]
     else:
 
         def epoch_of(epoch: int) -> Iterable[tuple[Tensor, Tensor | None]]:
@@ -64,13 +83,14 @@ def fit(
         example=example,
         steps_per_epoch=steps,
         teacher=teacher,
+        whitenings=whitenings,
         device=device,
         folder=folder,
         validate=validate,
-        progress=lambda step, total, terms: progress(_described(step, steps, terms), step, total),
+        progress=lambda step, total, terms: progress(_described(what, step, steps, terms), step, total),
     )
 
 
-def _described(step: int, steps: int, terms: dict[str, float]) -> str:
+def _described(what: str, step: int, steps: int, terms: dict[str, float]) -> str:
     parts = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
-    return f"training, epoch {(step - 1) // steps + 1}, {parts}"
+    return f"{what}, epoch {(step - 1) // steps + 1}, {parts}"

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dk2pnet.data import Batches
+from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.measure import evaluation, is_classifier, kept_modes, outputs_of, use_form
 from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state
@@ -23,10 +25,13 @@ from dk2pnet.training.hints import find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
 from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, labels, method_named
 from dk2pnet.training.teaching import WithMaps, fit_probes, guided, hinting, taps_of
+from dk2pnet.training.whitened import whitened
 
-__all__ = ["PRECISIONS", "TrainingOptions", "choose_precision", "train"]
+__all__ = ["BATCH_NORMS", "OPTIMIZERS", "PRECISIONS", "NotFinite", "TrainingOptions", "choose_precision", "train"]
 
 PRECISIONS = ("auto", "fp32", "bf16")
+OPTIMIZERS = ("sgd", "adam")
+BATCH_NORMS = ("training", "frozen")
 _LOG_STEPS = 50  # between two lines of the log
 _LAYOUT = torch.channels_last  # convolutions run faster in it, on CPUs and GPUs
 _CLIP = 5.0  # largest norm of all gradients together
@@ -35,26 +40,38 @@ _log = logging.getLogger(__name__)
 _Batch = tuple[Tensor, Tensor | None]
 
 
+class NotFinite(InputError):
+    """The loss or its gradient became infinite or no number."""
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train. Defaults suit training from scratch; `pipelines.compress` lowers the learning rate.
 
-    ``batch_size``: images per step, all processes together; ``method``: one of `losses.METHODS`, None for KP with a
-    teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of those found;
-    ``alpha``, ``tau``: weight and temperature of distillation against the labels' cross-entropy; ``beta``, ``kp_tau``:
+    ``steps``: so many in place of the epochs; ``batch_size``: images per step, all processes together; ``optimizer``:
+    ``sgd`` (Nesterov) or ``adam`` (without decay); ``warmup``: steps, None for one epoch (at most a tenth of the run);
+    ``batch_norm``: ``training``, or ``frozen`` to keep the running statistics; ``method``: one of `losses.METHODS`,
+    None for KP with a teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of
+    those found; ``alpha``, ``tau``: weight and temperature of distillation against the labels' cross-entropy;
+    ``distill``: weight of the outputs' distillation beside the hints where images have no labels; ``beta``, ``kp_tau``:
     weight of each hint (None: the method's own) and its temperature; ``pre_regressor``: one at every hint, also where
     channels agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
     `torch.compile`; ``checkpoint_every``: seconds.
     """
 
     epochs: int = 20
+    steps: int | None = None
     batch_size: int = 128
+    optimizer: str = "sgd"
     learning_rate: float = 0.1
+    warmup: int | None = None
     weight_decay: float = 5e-4
+    batch_norm: str = "training"
     method: str | None = None
     hints: Sequence[str] = ()
     alpha: float = 0.9
     tau: float = 4.0
+    distill: float = 1.0
     beta: float | None = None
     kp_tau: float = 1.0
     pre_regressor: bool = False
@@ -64,10 +81,10 @@ class TrainingOptions:
     checkpoint_every: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
+        if self.epochs < 1 or self.batch_size < 1 or (self.steps is not None and self.steps < 1):
+            what = f"{self.epochs} epochs" if self.steps is None else f"{self.steps} steps"
             raise InputError(
-                f"training was asked for {self.epochs} epochs of batches of {self.batch_size}; "
-                "expected 1 or more of each"
+                f"training was asked for {what} of batches of {self.batch_size}; expected 1 or more of each"
             )
         if not (
             0 < self.learning_rate < math.inf
@@ -75,6 +92,7 @@ class TrainingOptions:
             and self.tau > 0
             and self.kp_tau > 0
             and 0 <= self.alpha <= 1
+            and self.distill >= 0
             and (self.beta is None or self.beta >= 0)
         ):
             raise InputError(
@@ -82,8 +100,9 @@ class TrainingOptions:
                 f"tau {self.tau}, beta {self.beta}, KP tau {self.kp_tau}; expected rates and temperatures above 0, "
                 "alpha between 0 and 1, weight decay and beta 0 or more"
             )
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("batch_norm", BATCH_NORMS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.method is not None:
             method_named(self.method)
         parse_hints(self.hints)
@@ -114,6 +133,7 @@ def train(
     example: Tensor,
     steps_per_epoch: int,
     teacher: nn.Module | None = None,
+    whitenings: Mapping[str, Whitening] | None = None,
     device: torch.device | str = "cpu",
     folder: Path | None = None,
     validate: Callable[[], Mapping[str, float]] | None = None,
@@ -121,7 +141,7 @@ def train(
 ) -> dict[str, float]:
     """Train `model` in place; returns the mean loss terms of the last epoch.
 
-    SGD with Nesterov momentum, one epoch of warm-up and a cosine to 0, gradients clipped. The loss is the labels'
+    SGD with Nesterov momentum or Adam, a warm-up and a cosine to 0, gradients clipped. The loss is the labels'
     cross-entropy, and with a `teacher` ``(1 - alpha) CE + alpha tau^2 KL(teacher || student) + beta sum hints``, the
     hints those of the method; data without labels leaves CE out. DK layers are trained in their ``folded`` form, which
     is fastest and gives the same gradients. Under `accelerate launch` or `torchrun` each process takes its part of
@@ -131,6 +151,7 @@ def train(
     ----------
     epoch_of : the batches of an epoch by its number, on every process all of them, the same in every call
     example : one normalised image ``(1, C, H, W)``
+    whitenings : by DK layer, the form in which it is trained (`training.whitened`); the others are trained as they are
     folder : for ``checkpoints/``, ``log.jsonl`` and ``tensorboard/``. A run that was killed goes on from the newest
         good checkpoint there, and ends (one process, CPU, equal threads, not compiled) with the weights of one that was
         not. None: nothing is written
@@ -154,8 +175,8 @@ def train(
     # Alone, the device that was asked for: the accelerator would take the first GPU for any of them.
     device = accelerator.device if world > 1 else torch.device(device)
     precision = choose_precision(device) if options.precision == "auto" else options.precision
-    total = options.epochs * steps_per_epoch
-    stages = _stages(method, options.epochs, steps_per_epoch)
+    total = options.epochs * steps_per_epoch if options.steps is None else options.steps
+    stages = _stages(method, total, steps_per_epoch)
     model.to(device)
     example = example.to(device)
     checkpoints = None
@@ -163,12 +184,14 @@ def train(
         asked = {key: value for key, value in asdict(options).items() if key != "checkpoint_every"}
         asked |= {"method": name, "student": _digest(model), "teacher": _digest(teacher)}
         asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world}
+        asked |= {"whitened": sorted(whitenings or ())}
         checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every)
 
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(use_form(model, "folded"))
         stack.enter_context(_fast_layout(model))
+        stack.enter_context(whitened(model, whitenings or {}))
         teaching = None
         pairs, taps, hints, classes = [], [], [], 0
         if teacher is not None and method.teacher:
@@ -203,6 +226,8 @@ def train(
         half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
         student.train()
+        if options.batch_norm == "frozen":
+            _freeze_batch_norm(model)
         while step < total:
             epoch, first = divmod(step, steps_per_epoch)
             if state is not None:
@@ -215,7 +240,8 @@ def train(
             state = None
             if first == 0:
                 sums = {}
-            for x, y in islice(batches, steps_per_epoch - first):
+            until = min((epoch + 1) * steps_per_epoch, total)
+            for x, y in islice(batches, until - step):
                 x, y = x.to(device, memory_format=_LAYOUT), None if y is None else y.to(device)
                 stage = next(each for each in stages if step < each.stop)
                 with half:
@@ -230,7 +256,7 @@ def train(
                 norm = accelerator.clip_grad_norm_(student.parameters(), _CLIP)
                 if not math.isfinite(norm):
                     _stop("gradient", step + 1, total, values, checkpoints, options)
-                rate = options.learning_rate * _rate(step, stage, steps_per_epoch)
+                rate = options.learning_rate * _rate(step, stage, options.warmup or steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
@@ -243,7 +269,7 @@ def train(
                 means = {name: value / done for name, value in sums.items()}
                 if progress is not None:
                     progress(step, total, means)
-                if done == steps_per_epoch:
+                if step == until:
                     figures = validate() if validate is not None and accelerator.is_main_process else {}
                     log.write(step, epoch + 1, rate, figures)
                 elif step % _LOG_STEPS == 0:
@@ -261,13 +287,13 @@ def train(
                             "epoch_random": epoch_random,
                         },
                     )
-            if step != (epoch + 1) * steps_per_epoch:
+            if step != until:
                 raise InputError(
                     f"the data gave {step - epoch * steps_per_epoch} batches in epoch {epoch + 1}; expected "
                     f"{steps_per_epoch}, as many as before: give batches whose number does not change"
                 )
         accelerator.wait_for_everyone()
-        last = {name: value / steps_per_epoch for name, value in sums.items()}
+        last = {name: value / ((total - 1) % steps_per_epoch + 1) for name, value in sums.items()}
     model.eval()
     return last
 
@@ -309,6 +335,12 @@ def _fast_layout(model: nn.Module) -> Iterator[None]:
         model.to(memory_format=torch.contiguous_format)
 
 
+def _freeze_batch_norm(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
 def _method(options: TrainingOptions, teacher: nn.Module | None) -> tuple[str, Method]:
     """The method by its name; KP, or labels without a teacher, where none was asked for."""
     name = options.method or (DEFAULT_METHOD if teacher is not None else "labels")
@@ -348,29 +380,31 @@ def _classes(teacher: nn.Module, example: Tensor) -> int:
 # -- the schedule -------------------------------------------------------------------------------------------------
 
 
-def _stages(method: Method, epochs: int, steps_per_epoch: int) -> list[_Stage]:
+def _stages(method: Method, total: int, steps_per_epoch: int) -> list[_Stage]:
     """One stage, or a quarter of the epochs with the hint alone before the rest."""
-    total = epochs * steps_per_epoch
     if not method.two_stage:
         return [_Stage(0, total)]
+    epochs = total // steps_per_epoch
     if epochs < 2:
         raise InputError("method 'fitnets' trains in two stages and needs at least 2 epochs; give --epochs 2 or more")
     first = max(1, epochs // 4) * steps_per_epoch
     return [_Stage(0, first, hints_only=True), _Stage(first, total)]
 
 
-def _rate(step: int, stage: _Stage, steps_per_epoch: int) -> float:
-    """One epoch of linear warm-up (at most a tenth of the stage), then a cosine to 0."""
+def _rate(step: int, stage: _Stage, warmup: int) -> float:
+    """Linear warm-up over so many steps (at most a tenth of the stage), then a cosine to 0."""
     step, total = step - stage.start, stage.stop - stage.start
-    warmup = max(1, min(steps_per_epoch, total // 10))
+    warmup = max(1, min(warmup, total // 10))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def _optimizer(student: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """No decay for biases and norms."""
+    """No decay for biases and norms, and none at all with Adam."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if options.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=options.learning_rate)
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -425,7 +459,7 @@ def _loss(
     if y is not None:
         terms["labels"], weights["labels"] = _labels_loss(outputs, y), 1.0
     if teaching is not None:
-        terms["kd"], weights["kd"] = _output_loss(outputs, wanted, options.tau), 1.0
+        terms["kd"], weights["kd"] = _output_loss(outputs, wanted, options.tau), options.distill
         if y is not None:
             weights |= {"labels": 1 - options.alpha, "kd": options.alpha}
     return terms, torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -457,7 +491,7 @@ def _stop(
 ) -> None:
     parts = ", ".join(f"{name} {value:g}" for name, value in values.items() if name != "loss")
     good = f"; the last good checkpoint is {checkpoints.last}" if checkpoints is not None and checkpoints.last else ""
-    raise InputError(
+    raise NotFinite(
         f"the {what} is not finite at step {step} of {total} ({parts}){good}; "
         f"lower the learning rate ({options.learning_rate:g}) with --lr, and drop this run with --overwrite"
     )

@@ -1,0 +1,242 @@
+"""Tuning without labels: how much it brings back, and what does it (CIFAR-10 ResNets trained by others).
+
+    python benchmarks/tuning.py budgets --weights resnet32.th --data-dir DATA --runs FOLDER [--model resnet32]
+    python benchmarks/tuning.py losses  ... one row per loss, at each learning rate and batch-norm mode
+    python benchmarks/tuning.py images  ... how many images, and whose
+
+`budgets`: the default at 0.44, 0.30 and 0.15 of the network's multiply-adds, 150 and 500 steps. Every row starts from
+the closed form of 2,000 calibration images without labels (a fifth of them only decides). Accuracy is the test split's,
+only shown; what chooses is the KL(teacher || student) on the validation tenth of the training split. The seed sets the
+sampled positions and labels of the moments, the order of the images and their augmentation. Rows already in the JSON
+are not made again; closed forms and checkpoints lie in FOLDER, so that a killed run goes on. Writes
+benchmarks/results/tuning-PART-MODEL.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dk2pnet.data import calibration_split, split_training
+from dk2pnet.measure import accuracy, agreement, divergence, macs, predict
+from dk2pnet.pipelines.clock import Clock
+from dk2pnet.pipelines.closed_form import ClosedForm, Solved, solved_once
+from dk2pnet.pipelines.images import Images, named_images
+from dk2pnet.pipelines.inputs import environment, load_data, open_network
+from dk2pnet.pipelines.tune import OPTIONS, Tuner
+from dk2pnet.plan import Budget
+
+RESULTS = Path(__file__).parent / "results"
+KEYS = (
+    "budget",
+    "seed",
+    "images",
+    "whose",
+    "method",
+    "beta",
+    "distill",
+    "tau",
+    "kp_tau",
+    "whitened",
+    "lr",
+    "bn",
+    "steps",
+)
+DEFAULT = {
+    "images": 2000,
+    "whose": "cifar10",
+    "method": OPTIONS.method,
+    "beta": OPTIONS.beta,
+    "distill": OPTIONS.distill,
+    "tau": OPTIONS.tau,
+    "kp_tau": OPTIONS.kp_tau,
+    "whitened": True,
+    "lr": OPTIONS.learning_rate,
+    "bn": OPTIONS.batch_norm,
+    "steps": 150,
+}
+# Name of a row in the table -> what differs from the default.
+LOSSES: dict[str, dict[str, Any]] = {
+    "KD": {"method": "kd", "distill": 1.0},
+    "KP per unit": {"method": "kp-unit"},
+    "KP per unit + KD": {"method": "kp-unit", "distill": 1.0},
+    "KP over channels": {"method": "kp-channel"},
+    "KP over channels + KD": {"method": "kp-channel", "distill": 1.0},
+    "KP over positions": {"method": "kp-position"},
+    "Euclidean hints": {"method": "euclidean"},
+    "Euclidean hints + KD": {"method": "euclidean", "distill": 1.0},
+    "Euclidean hints, plain form": {"method": "euclidean", "whitened": False},
+    "KP per unit, plain form": {"method": "kp-unit", "whitened": False},
+    "KD, plain form": {"method": "kd", "distill": 1.0, "whitened": False},
+}
+
+
+class Bench:
+    """The network, its data, and the rows that are there."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        RESULTS.mkdir(exist_ok=True)
+        self.path = RESULTS / f"tuning-{options.part}-{options.model}.json"
+        self.training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
+        self.test = load_data(options.data, "test", options.model, data_dir=options.data_dir)
+        assert self.training is not None
+        assert self.test is not None
+        self.network = open_network(
+            options.model, weights=options.weights, normalize=options.normalize, data=self.training
+        )
+        self.norm = self.network.normalization
+        assert self.norm is not None
+        self.teacher = self.network.model.eval()
+        _, validation = split_training(self.training)
+        self.validation = validation.without_labels().batches(128, self.norm)
+        self.test_batches = self.test.batches(128, self.norm)
+        self.example = next(iter(self.validation))[0][:1]
+        self.cpu = torch.device("cpu")
+        self.answers = predict(self.teacher, self.validation)
+        self.teacher_accuracy = accuracy(predict(self.teacher, self.test_batches))
+        self.solved: dict[tuple, tuple[Images, Any, Solved, float]] = {}
+
+    def rows(self) -> list[dict]:
+        return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+
+    def images(self, row: dict) -> Images:
+        images = named_images(self.training, None, self.network, row["images"])
+        if row["whose"] != self.options.data:
+            other = load_data(row["whose"], "train", self.options.model, data_dir=self.options.data_dir)
+            assert other is not None
+            gather, held = calibration_split(split_training(other)[0], row["images"])
+            images.gather, images.held_out = gather.batches(128, self.norm), held.batches(128, self.norm)
+            images.tune = gather
+        return images
+
+    def closed_form(self, row: dict) -> tuple[Images, Any, Solved, float]:
+        """The student before tuning; moments are gathered anew for every budget, to have the seconds of one run."""
+        key = tuple(row[name] for name in ("budget", "seed", "images", "whose"))
+        if key not in self.solved:
+            images = self.images(row)
+            held = predict(self.teacher, images.held_out)
+            clock = Clock()
+
+            def solve() -> Solved:
+                with ClosedForm(
+                    self.teacher, held, self.network, images, self.example, "loss", seed=row["seed"], clock=clock
+                ) as closed:
+                    return closed.solve(Budget.parse(row["budget"]), whiten=True)
+
+            place = Path(self.options.runs, self.options.model, "-".join(map(str, key)))
+            place.mkdir(parents=True, exist_ok=True)
+            solved = solved_once(place, self.teacher, clock, solve)
+            self.solved = {key: (images, held, solved, sum(clock.seconds.values()))}  # one at a time in memory
+        return self.solved[key]
+
+    def run(self, row: dict) -> dict:
+        images, held, solved, seconds = self.closed_form(row)
+        start = Solved(solved.student, solved.plan, [], [], solved.whitenings)
+        found: dict[str, Any] = {"closed_form_seconds": seconds}
+        student = solved.student
+        if row["steps"]:
+            options = replace(
+                OPTIONS,
+                **{key: row[key] for key in ("method", "beta", "distill", "tau", "kp_tau")},
+                learning_rate=row["lr"],
+                batch_norm=row["bn"],
+            )
+            times: list[float] = []
+            tuner = Tuner(
+                self.teacher,
+                held,
+                images,
+                example=self.example,
+                name=self.options.data,
+                normalization=self.norm,
+                seed=row["seed"],
+                options=options,
+                whitened=row["whitened"],
+                progress=lambda *_: times.append(time.perf_counter()),
+            )
+            student = tuner.tune(start, row["steps"])
+            # By the median, as the process may have been stopped for a while.
+            found["seconds"] = row["steps"] * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+            found["decisions"] = start.decisions
+        answers = predict(student, self.validation)
+        found |= {
+            "accuracy": accuracy(predict(student, self.test_batches)),
+            "validation_kl": divergence(self.answers, answers),
+            "validation_agreement": agreement(self.answers, answers),
+            "macs_kept": macs(student, self.example) / solved.plan.macs_dense,
+            "threads": torch.get_num_threads(),
+        }
+        return found
+
+    def record(self, row: dict) -> None:
+        """Read again first: another process may have added rows."""
+        rows = [other for other in self.rows() if _key(other) != _key(row)] + [row]
+        result = {
+            "model": self.options.model,
+            "teacher_accuracy": self.teacher_accuracy,
+            "rows": sorted(rows, key=lambda each: str(_key(each))),
+            "environment": environment(self.cpu),
+        }
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def _key(row: dict) -> tuple:
+    return tuple(row[name] for name in KEYS)
+
+
+def wanted(options: argparse.Namespace) -> list[dict]:
+    rows = []
+    for seed in options.seeds:
+        for budget in options.budgets:
+            base = DEFAULT | {"budget": f"macs={budget:g}", "seed": seed}
+            if options.part == "budgets":
+                rows += [base | {"steps": steps} for steps in (0, *options.steps)]
+            elif options.part == "losses":
+                for name in options.only or LOSSES:
+                    for lr in options.lrs:
+                        for bn in options.batch_norms:
+                            rows.append(base | LOSSES[name] | {"lr": lr, "bn": bn, "name": name})
+            else:
+                for images in (100, 500, 2000, 10000):
+                    rows += [base | {"images": images, "steps": steps} for steps in (0, *options.steps)]
+                rows += [base | {"whose": "cifar100", "steps": steps} for steps in (0, *options.steps)]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("budgets", "losses", "images"))
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--normalize", default="imagenet")
+    parser.add_argument("--runs", required=True, help="folder for closed forms")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.15])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", nargs="+", type=int, default=[150, 500])
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--batch-norms", nargs="+", default=["frozen", "training"])
+    parser.add_argument("--only", nargs="+", choices=list(LOSSES))
+    options = parser.parse_args()
+    bench = Bench(options)
+    for row in wanted(options):
+        if _key(row) in {_key(other) for other in bench.rows()}:
+            continue
+        row |= bench.run(row)
+        bench.record(row)
+        print({key: row.get(key) for key in (*KEYS, "accuracy", "validation_kl", "seconds")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
