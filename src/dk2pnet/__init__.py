@@ -13,6 +13,7 @@ __all__ = [
     "Plan",
     "Result",
     "compress",
+    "explore",
     "load_student",
     "plain_model",
     "save_student",
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> object:
         from dk2pnet.pipelines import compress as module
 
         return getattr(module, name)
+    if name == "explore":
+        from dk2pnet.pipelines import explore as explore_module
+
+        return explore_module.explore
     if name in ("load_student", "save_student"):
         from dk2pnet import student
 

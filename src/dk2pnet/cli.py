@@ -83,6 +83,33 @@ Hints = Annotated[
     list[str] | None,
     typer.Option("--hint", help="TEACHER.LAYER=STUDENT.LAYER in place of the hint pairs that are found. Repeatable."),
 ]
+Holdout = Annotated[
+    str | None, typer.Option(help="Folder of images that decide on a budget in points.", metavar="FOLDER")
+]
+HoldoutSplit = Annotated[
+    str | None, typer.Option(help="Part of a split that decides, such as 'test[:50%]'; the rest reports.")
+]
+Criterion = Annotated[
+    str | None, typer.Option(help="loss (the default), response (that of .onnx models) or weight (needs no images).")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(help="Convolutions that stay dense: a name, its beginning, or a pattern. Repeatable."),
+]
+First = Annotated[bool, typer.Option("--first", help="Decompose the first convolution too.")]
+CalibrationImages = Annotated[int, typer.Option(help="Training images, labels unused; a fifth only decides.")]
+Memory = Annotated[float, typer.Option(help="GiB for statistics of the layers.")]
+Rebuild = Annotated[bool, typer.Option(help="Try the layer-by-layer reconstruction (slow for large images).")]
+Tune = Annotated[
+    str | None,
+    typer.Option(
+        help="Distillation on the calibration images after the decomposition, without labels: steps (150), a time (2m) "
+        "or 0. Without it: 150 steps, unless the network is large or --epochs trains it."
+    ),
+]
+Augment = Annotated[
+    str | None, typer.Option(help="Of the images while tuning: natural (shift, mirror), digits (shift) or none.")
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Train with torch.compile (needs a C++ compiler on a CPU).")]
 CheckpointEvery = Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
@@ -113,33 +140,29 @@ def compress(
     budget: Annotated[
         str,
         typer.Option(
-            help="macs=F, params=F or measured latency=F (fraction of the network's), or kernels=K per input channel."
+            help="macs=F, params=F or measured latency=F (fraction of the network's), kernels=K per input channel; or "
+            "the smallest network that loses at most drop=0.5 points, disagree=2 % of answers or error=0.02 of outputs."
         ),
     ] = "macs=0.44",
     target: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Where it runs and is timed: onnxruntime, onnxruntime-int8, openvino, pytorch, pytorch-compile, cuda."
+            help="Where it runs and is timed: onnxruntime (the default), onnxruntime-int8, openvino, pytorch, "
+            "pytorch-compile, cuda. With a budget in points, given, smallest means fastest there."
         ),
-    ] = "onnxruntime",
+    ] = None,
+    holdout: Holdout = None,
+    holdout_split: HoldoutSplit = None,
     int8: Annotated[bool, typer.Option("--int8", help="Also write model.int8.onnx, and compare it.")] = False,
     pt2: Annotated[bool, typer.Option("--pt2", help="Also write model.pt2 (torch.export).")] = False,
-    criterion: Annotated[
-        str | None,
-        typer.Option(help="loss (the default), response (that of .onnx models) or weight (needs no images)."),
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(help="Convolutions that stay dense: a name, its beginning, or a pattern. Repeatable."),
-    ] = None,
-    first: Annotated[bool, typer.Option("--first", help="Decompose the first convolution too.")] = False,
-    calibration_images: Annotated[
-        int, typer.Option(help="Training images, labels unused; a fifth only decides.")
-    ] = 2000,
-    memory: Annotated[float, typer.Option(help="GiB for statistics of the layers.")] = 2.0,
-    rebuild: Annotated[
-        bool, typer.Option(help="Try the layer-by-layer reconstruction (slow for large images).")
-    ] = True,
+    criterion: Criterion = None,
+    keep: Keep = None,
+    first: First = False,
+    calibration_images: CalibrationImages = 2000,
+    memory: Memory = 2.0,
+    rebuild: Rebuild = True,
+    tune: Tune = None,
+    augment: Augment = None,
     epochs: Annotated[
         int, typer.Option(help="Epochs of training (KP, distillation, labels) after the decomposition.")
     ] = 0,
@@ -181,6 +204,8 @@ def compress(
             calibration_images=calibration_images,
             memory=memory,
             rebuild=rebuild,
+            tune=tune,
+            augment=augment,
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -193,6 +218,8 @@ def compress(
             device=device,
             threads=threads,
             target=target,
+            holdout=holdout,
+            holdout_split=holdout_split,
             int8=int8,
             pt2=pt2,
             out=out,
@@ -206,6 +233,58 @@ def compress(
     written = ["model.safetensors", "plan.json", "model.onnx"]
     written += ["model.int8.onnx"] * ("int8" in result.metrics) + ["model.pt2"] * pt2
     console.print(f"Written to {out}: {', '.join(written)}, report.html, metrics.json, recipe.yaml")
+
+
+@app.command()
+def explore(
+    context: typer.Context,
+    model: Model,
+    data: Annotated[str, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")],
+    out: Out,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option("--budget", help="macs=F, params=F, latency=F or kernels=K. Repeatable. Without: eight shares."),
+    ] = None,
+    points: Annotated[int, typer.Option(help="How many budgets, where none are given.")] = 8,
+    weights: Weights = None,
+    normalize: Normalize = None,
+    criterion: Criterion = None,
+    target: Annotated[str, typer.Option(help="Where it runs and is timed, as for compress.")] = "onnxruntime",
+    holdout: Holdout = None,
+    holdout_split: HoldoutSplit = None,
+    keep: Keep = None,
+    first: First = False,
+    calibration_images: CalibrationImages = 2000,
+    memory: Memory = 2.0,
+    rebuild: Rebuild = True,
+    tune: Tune = None,
+    augment: Augment = None,
+    precision: Precision = "auto",
+    checkpoint_every: CheckpointEvery = 60.0,
+    data_dir: DataDir = None,
+    input_size: InputSize = None,
+    classes: Classes = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    recipe: Recipe = None,
+) -> None:
+    """Show the curve before the choice: accuracy against MACs, parameters and latency at about eight budgets."""
+    from dk2pnet.pipelines.explore import explore as run
+    from dk2pnet.report.curve import CURVE_HEADER, curve_rows, knee_sentence
+    from dk2pnet.report.tables import rich_table
+
+    options = {name: value for name, value in context.params.items() if name not in ("recipe", "criterion")}
+    options |= {"criterion": criterion or "loss", "keep": keep or [], "budgets": budgets or []}
+    with _progress() as progress:
+        metrics = run(**options, command=_command(), progress=progress)
+    if not is_main():
+        return
+    console.print(rich_table(metrics["measure"], CURVE_HEADER, curve_rows(metrics)))
+    for line in (knee_sentence(metrics), *metrics["notes"]):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Written to {out}: report.html, metrics.json, recipe.yaml")
 
 
 def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
@@ -225,6 +304,7 @@ def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
             )
     options = {name: value for name, value in given.items() if name in taken}
     options |= {"criterion": given["criterion"] or "response", "keep": given["keep"] or []}
+    options |= {"target": given["target"] or "onnxruntime"}
     with _progress() as progress:
         result = compress_onnx(**{**options, "command": _command(), "progress": progress})
     _print_result(result.plan, result.metrics)
@@ -232,12 +312,23 @@ def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
 
 
 def _print_result(plan: Plan, metrics: Mapping[str, Any]) -> None:
-    from dk2pnet.report.tables import INT8_HEADER, comparison_rows, int8_rows, rich_table
+    from dk2pnet.report.tables import (
+        INT8_HEADER,
+        PROBES_HEADER,
+        comparison_rows,
+        decided_sentence,
+        int8_rows,
+        probe_rows,
+        rich_table,
+    )
 
     console.print(plan.summary(), highlight=False, soft_wrap=True)
     console.print(rich_table("", ("", "teacher", "student", "change"), comparison_rows(metrics)))
     if metrics.get("int8"):
         console.print(rich_table("", INT8_HEADER, int8_rows(metrics)))
+    if metrics.get("decided"):
+        console.print(rich_table("", PROBES_HEADER, probe_rows(metrics)))
+        console.print(decided_sentence(metrics["decided"]), highlight=False, soft_wrap=True, markup=False)
     for decision in metrics["decisions"]:
         after = "-" if decision["after"] is None else f"{decision['after']:.4g}"
         console.print(
@@ -245,6 +336,8 @@ def _print_result(plan: Plan, metrics: Mapping[str, Any]) -> None:
             f"{'kept' if decision['kept'] else 'not kept'}",
             highlight=False,
         )
+    for note in metrics.get("notes", ()):
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -427,7 +520,7 @@ def _progress() -> Iterator[Any]:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
-            step = what.split(",")[0] if what.startswith("training") else what
+            step = what.split(",")[0] if what.startswith(("training", "tuning")) else what
             if step not in tasks or (tasks[step][1] > done and done > 0):
                 tasks[step] = [bars.add_task(what, total=total or None, count=""), done]
             count = f"{done}/{total}" if total else ""

@@ -1,6 +1,6 @@
-"""The one exception for input that a user can put right."""
+"""The exceptions for input that a user can put right."""
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "TooSmall"]
 
 
 class InputError(ValueError):
@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+class TooSmall(InputError):
+    """A budget that no network can be made for."""

@@ -13,13 +13,16 @@ from dk2pnet.errors import InputError
 __all__ = ["FORMAT", "Budget", "LayerPlan", "Plan"]
 
 FORMAT = 1
-_KINDS = ("macs", "params", "kernels", "latency")
+_KINDS = ("macs", "params", "kernels", "latency", "drop", "disagree", "error")
+_POINTS = ("drop", "disagree", "error")
 
 
 @dataclass(frozen=True)
 class Budget:
     """What the student may cost: ``macs``, ``params`` or measured ``latency`` as a fraction of the whole teacher's, or
-    ``kernels`` per input channel. Example: ``Budget.parse("macs=0.44")``."""
+    ``kernels`` per input channel; or what it may lose: ``drop`` points of accuracy, ``disagree`` percent of other
+    answers than the teacher's, or ``error`` of the outputs (squared, relative). Example: ``Budget.parse("macs=0.44")``.
+    """
 
     kind: str
     value: float
@@ -32,17 +35,24 @@ class Budget:
         kind, _, number = str(text).partition("=")
         expected = (
             "expected macs=F, params=F or latency=F with 0 < F <= 1 (fraction of the whole network's), "
-            "or kernels=1, 2, ..."
+            "kernels=1, 2, ..., or what may be lost: drop=0.5 (points of accuracy), disagree=2 (% of answers), "
+            "error=0.02 (of the outputs, squared and relative)"
         )
         try:
             value = float(number)
         except ValueError:
             raise InputError(f"budget is {text!r}; {expected}") from None
         whole = value == int(value) if math.isfinite(value) else False
-        good = kind in _KINDS and (value >= 1 and whole if kind == "kernels" else 0 < value <= 1)
+        most = 100 if kind in ("drop", "disagree") else 1
+        good = kind in _KINDS and (value >= 1 and whole if kind == "kernels" else 0 < value <= most)
         if not good:
             raise InputError(f"budget is {text!r}; {expected}")
         return cls(kind, value)
+
+    @property
+    def in_points(self) -> bool:
+        """Whether it says what may be lost, and not what the student may cost."""
+        return self.kind in _POINTS
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value:g}"

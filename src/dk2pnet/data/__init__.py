@@ -12,7 +12,7 @@ of images. Nothing heavy is imported before it is needed.
 
 from dk2pnet.data.images import AUGMENTATIONS, SMALLEST_CROP, Batches, ImageData, Normalization
 from dk2pnet.data.sources import has_split, load
-from dk2pnet.data.splits import UserBatches, calibration_split, split_training
+from dk2pnet.data.splits import UserBatches, calibration_split, part_of_split, split_training
 
 __all__ = [
     "AUGMENTATIONS",
@@ -24,5 +24,6 @@ __all__ = [
     "calibration_split",
     "has_split",
     "load",
+    "part_of_split",
     "split_training",
 ]

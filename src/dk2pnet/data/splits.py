@@ -12,7 +12,7 @@ from torch import Tensor
 from dk2pnet.data.images import ImageData, generator_for
 from dk2pnet.errors import InputError
 
-__all__ = ["UserBatches", "calibration_split", "split_training"]
+__all__ = ["UserBatches", "calibration_split", "part_of_split", "split_training"]
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------
@@ -37,6 +37,30 @@ def calibration_split(data: ImageData, count: int) -> tuple[ImageData, ImageData
     held_out = torch.arange(len(chosen)) % 5 == 0
     data = data.without_labels()
     return data.subset(chosen[~held_out]), data.subset(chosen[held_out])
+
+
+def part_of_split(text: str, data: ImageData) -> tuple[ImageData, ImageData]:
+    """The images that a slice such as ``test[:50%]`` or ``train[-1000:]`` names, and the others.
+
+    The notation is that of `datasets`; `data` is the whole split.
+    """
+    from datasets import ReadInstruction
+
+    split = text.partition("[")[0]
+    try:
+        parts = ReadInstruction.from_spec(text).to_absolute({split: len(data)})
+        ranges = [range(part.from_ or 0, len(data) if part.to is None else part.to) for part in parts]
+        rows = torch.tensor([row for each in ranges for row in each], dtype=torch.int64)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"split is {text!r}, which cannot be understood ({str(error).splitlines()[0]}); expected for example "
+            "'test[:50%]' or 'train[-1000:]'"
+        ) from error
+    if not len(rows):
+        raise InputError(f"split {text!r} of data set {data.name!r} holds no images; expected some of {len(data)}")
+    others = torch.ones(len(data), dtype=torch.bool)
+    others[rows] = False
+    return data.subset(rows), data.subset(others.nonzero().flatten())
 
 
 def _enough(count: int) -> None:

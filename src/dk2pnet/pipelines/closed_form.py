@@ -315,7 +315,7 @@ def solved_once(folder: Path, teacher: nn.Module, clock: Clock, solve: Callable[
             kept.mkdir()
             save_student(solved.student, solved.plan, kept)
             constants = {
-                f"{name}/{key}": tensor
+                f"{name}/{key}": tensor.contiguous()
                 for name, whitening in solved.whitenings.items()
                 for key, tensor in asdict(whitening).items()
             }

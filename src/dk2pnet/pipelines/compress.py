@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dk2pnet import processes
 from dk2pnet.convert import copy_model, find_convolutions
-from dk2pnet.data import AUGMENTATIONS, Normalization
+from dk2pnet.data import Normalization
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.latency import check_target, compare_latency, conditions, latency_figures
 from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
 from dk2pnet.measure import (
-    Predictions,
-    accuracy,
-    agreement,
-    is_classifier,
     macs,
-    outputs_of,
     parameters,
-    predict,
 )
 from dk2pnet.pipelines.clock import Clock
-from dk2pnet.pipelines.closed_form import ClosedForm, Solved, solved_once
 from dk2pnet.pipelines.decomposition import CRITERIA
 from dk2pnet.pipelines.extras import PT2, write_int8, write_pt2
 from dk2pnet.pipelines.fit import fit
@@ -43,18 +36,16 @@ from dk2pnet.pipelines.folders import (
     write_onnx,
     write_recipe,
 )
-from dk2pnet.pipelines.images import Images, named_images, user_images
+from dk2pnet.pipelines.images import Images
 from dk2pnet.pipelines.inputs import (
-    Network,
     Progress,
     environment,
-    load_data,
-    open_network,
     pick_device,
     silent,
 )
+from dk2pnet.pipelines.points import confirm, decide
+from dk2pnet.pipelines.prepare import Figures, check_options, plain_options, prepare
 from dk2pnet.pipelines.speed import choose_forms, deployable
-from dk2pnet.pipelines.tune import Tuner, tuning_of
 from dk2pnet.plan import Budget, LayerPlan, Plan
 from dk2pnet.report.page import write_page
 from dk2pnet.student import save_student
@@ -103,7 +94,9 @@ def compress(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
-    target: str = "onnxruntime",
+    target: str | None = None,
+    holdout: str | Iterable[Any] | None = None,
+    holdout_split: str | None = None,
     int8: bool = False,
     pt2: bool = False,
     out: str | Path | None = None,
@@ -123,8 +116,12 @@ def compress(
     model : a module, the name of a network (``resnet32``, ``torchvision/resnet18``, ``timm/...``, ``FILE.py:FUNCTION``)
         or a folder that dk2pnet wrote. A module given is not changed.
     budget : ``macs=F``, ``params=F`` or measured ``latency=F`` (fraction of the whole network's) or ``kernels=K`` (per
-        input channel)
-    target : where the student will run and where time is measured, see `deploy.latency.TARGETS`
+        input channel); or what may be lost, for the smallest network within it: ``drop=0.5`` points of accuracy,
+        ``disagree=2`` percent of other answers than the teacher's, ``error=0.02`` of the outputs (squared, relative)
+    target : where the student will run and where time is measured, see `deploy.latency.TARGETS`; None is
+        ``onnxruntime``. With a budget in points, given, the smallest network is that of the least measured latency
+    holdout, holdout_split : what decides on a budget in points: a folder of images (or batches), or a part of a split
+        such as ``test[:50%]``; None is the tenth of the training split that nothing else uses
     int8, pt2 : also write model.int8.onnx (with a comparison in the report), or model.pt2 (a `torch.export` program)
     criterion : ``weight`` (needs no images), ``response`` (images) or ``loss`` (images and a classifier)
     data : name of a data set, a folder, or a re-iterable of normalised batches ``x`` or ``(x, y)``, x (B, C, H, W)
@@ -153,16 +150,18 @@ def compress(
     """
     asked = dict(locals())
     wanted = Budget.parse(budget)
-    if criterion not in CRITERIA:
-        raise InputError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}")
-    if calibration_images < 2 or memory <= 0 or epochs < 0:
-        raise InputError(
-            f"calibration images {calibration_images}, memory {memory:g} GiB, epochs {epochs}; "
-            "expected at least 2 images, memory above 0 and no negative epochs"
-        )
+    check_options(criterion, calibration_images, memory, augment)
+    if epochs < 0:
+        raise InputError(f"epochs is {epochs}; expected 0 or more")
+    unit, target = ("macs" if target is None else "latency"), target or "onnxruntime"
     check_target(target)
-    if augment is not None and augment not in AUGMENTATIONS:
-        raise InputError(f"augmentation is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
+    if wanted.in_points and epochs:
+        raise InputError(
+            f"budget {wanted} looks for the smallest network among tuned ones, and --epochs {epochs} would train the "
+            "one found; leave --epochs away, and train OUT afterwards with dk2pnet train"
+        )
+    if not wanted.in_points and (holdout is not None or holdout_split is not None):
+        raise InputError(f"holdout images decide on a budget in points (drop=0.5), and the budget is {wanted}")
     int8 = int8 or target == "onnxruntime-int8"
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
@@ -181,92 +180,75 @@ def compress(
             checkpoint_every=checkpoint_every,
         )
 
-    named = data if isinstance(data, str) else None
-    training_split = load_data(named, "train", model, data_dir=data_dir, input_size=input_size) if named else None
-    if named and training_split is None:
-        raise InputError(
-            f"data set {named!r} has no training split, which calibration reads; give a folder train/ of images"
-        )
-    network = open_network(model, weights=weights, normalize=normalize, data=training_split, classes=classes)
-    teacher = copy_model(network.model).eval().to(chosen)
-    images = None
-    if training_split is not None:
-        test = load_data(named, "test", model, data_dir=data_dir, input_size=input_size)  # type: ignore[arg-type]
-        images = named_images(training_split, test, network, calibration_images)
-    elif data is not None:
-        images = user_images(data, test_data, calibration_images)
-    if images is None and (CRITERIA[criterion][0] or epochs):
-        what = f"criterion {criterion!r}" if CRITERIA[criterion][0] else "training"
-        raise InputError(f"{what} needs images and none were given; give --data, or use --criterion weight --epochs 0")
+    if wanted.in_points and data is None:
+        raise InputError(f"budget {wanted} is decided on images and none were given; give --data")
+    ready = prepare(
+        model,
+        data,
+        criterion,
+        weights=weights,
+        normalize=normalize,
+        data_dir=data_dir,
+        test_data=test_data,
+        holdout=holdout,
+        holdout_split=holdout_split,
+        example_input=example_input,
+        input_size=input_size,
+        classes=classes,
+        calibration_images=calibration_images,
+        tune=tune,
+        epochs=epochs,
+        seed=seed,
+        device=chosen,
+    )
+    teacher, network, images, example = ready.teacher, ready.network, ready.images, ready.example
     if images is None and int8:
         raise InputError("int8 needs images to calibrate on and none were given; give --data, or leave --int8 away")
-    example = _example(example_input, images, network, input_size).to(chosen)
-    _check_output(teacher, example, criterion)
-    tuning = tuning_of(tune, epochs=epochs, images=images, macs=macs(teacher, example))
-    teacher_held = None
-    if images is not None:
-        teacher_held = predict(teacher, images.held_out, chosen)
-        if not all(bool(torch.isfinite(output).all()) for output in teacher_held.outputs):
-            raise InputError(
-                "the network's outputs are not finite on the calibration images; "
-                "check the weights and the normalisation"
-            )
 
-    left_out = ("command", "progress", "overwrite", "out", "test_data", "example_input")
-    recipe = {key: _plain(value) for key, value in asked.items() if key not in left_out}
+    recipe = plain_options(asked, ("command", "progress", "overwrite", "out", "test_data", "example_input"))
     with ExitStack() as whole:
-        folder, steps = None, 0
-        if out is not None and (options is not None or tuning.wanted):
+        folder = None
+        if out is not None and (options is not None or ready.tuning.wanted or wanted.in_points):
             kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"}
             folder = whole.enter_context(unfinished(out, overwrite, {"command": "compress", **kept}))
-
-        def solve() -> Solved:
-            with ClosedForm(
-                teacher,
-                teacher_held,
-                network,
-                images,
-                example,
-                criterion,
+        prober = whole.enter_context(
+            ready.prober(
                 keep=keep,
                 first=first,
-                memory=int(memory * 2**30),
+                memory=memory,
                 rebuild=rebuild,
-                seed=seed,
-                target=target,
-                threads=threads,
-                clock=clock,
-                progress=progress,
-            ) as closed:
-                return closed.solve(wanted, whiten=tuning.wanted)
-
-        solved = solve() if folder is None else solved_once(folder, teacher, clock, solve)
-        student, plan = solved.student.to(chosen), solved.plan
-        set_form(student, "folded")  # the fastest form in eager PyTorch; `branches` again at the end
-        figures = _Figures(teacher, teacher_held, images, chosen, progress)
-        stages = [figures.of(teacher, "teacher"), figures.of(student, "closed form")]
-        if tuning.wanted and any(layer.counts is not None for layer in plan.layers):
-            assert images is not None
-            assert teacher_held is not None
-            tuner = Tuner(
-                teacher,
-                teacher_held,
-                images,
-                example=example,
-                name=named,
-                normalization=network.normalization,
                 augment=augment,
                 precision=precision,
-                seed=seed,
                 checkpoint_every=checkpoint_every,
+                target=target,
+                threads=threads,
+                folder=folder,
+                clock=clock,
                 progress=progress,
             )
-            place = folder / "tuning" if folder is not None else None
-            with clock("tune"):
-                steps = tuning.steps or tuner.steps_in(tuning.seconds or 0.0, solved, place)
-                recipe["tune"] = steps
-                student = tuner.tune(solved, steps, place)
+        )
+        figures = Figures(ready, progress)
+        stages = [figures.of(teacher, "teacher")]
+        decision, notes = None, [ready.tuning.said] * bool(ready.tuning.said)
+        if wanted.in_points:
+            try:
+                decision, probe = decide(wanted, unit, prober, ready, progress)
+            except InputError:
+                if folder is not None and processes.is_main():  # a refusal must not stand in the way of another budget
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+        else:
+            probe = prober.make(wanted, folder)
+        prober.close()
+        solved, plan = probe.solved, probe.solved.plan
+        stages.append(figures.of(solved.student, "closed form"))
+        student = probe.student
+        if probe.tuned is not None:
+            recipe["tune"] = prober.steps
             stages.append(figures.of(student, "tuned"))
+        if decision is not None:
+            decision = confirm(wanted, decision, ready, figures, student)
+            notes += decision.pop("said")
         if options is not None:
             assert images is not None
             assert images.train is not None
@@ -277,7 +259,7 @@ def compress(
                     options,
                     example=example,
                     teacher=teacher,
-                    name=named,
+                    name=ready.named,
                     normalization=network.normalization,
                     validation=images.validation,
                     device=chosen,
@@ -295,7 +277,8 @@ def compress(
             "layers": [layer_figures(layer) for layer in plan.layers],
             "decisions": solved.decisions,
             "latency_search": solved.search,
-            "tuning": {"steps": steps, "said": tuning.said},
+            "tuning_steps": prober.steps,
+            "notes": notes,
             "run": {
                 "command": command or "dk2pnet.compress(...)",
                 "seed": seed,
@@ -306,6 +289,8 @@ def compress(
                 **environment(chosen),
             },
         }
+        if decision is not None:
+            metrics["decided"] = decision
         for side in ("teacher", "student"):
             metrics[side] = {"onnx_bytes": None, "latency_ms": None} | metrics[side]
             del metrics[side]["name"]
@@ -328,81 +313,6 @@ def compress(
                 progress,
             )
     return Result(student, plan, metrics)
-
-
-# -- the steps, in order --------------------------------------------------------------------------------------------
-
-
-def _example(given: Tensor | None, images: Images | None, network: Network, input_size: int | None) -> Tensor:
-    if given is not None:
-        if given.dim() != 4 or not given.is_floating_point():
-            raise InputError(
-                f"example_input is {given.dtype} of shape {tuple(given.shape)}; expected a float tensor (1, C, H, W)"
-            )
-        return given[:1].detach()
-    if images is not None:
-        return next(iter(images.gather))[0][:1]
-    shape = network.plan.input_shape if network.plan is not None else None
-    if shape is None and input_size is not None:
-        shape = [(network.spec or {}).get("in_channels") or 3, input_size, input_size]
-    if shape is None:
-        raise InputError("the size of the images is not known; give --data or --input-size (in Python: example_input)")
-    return torch.zeros(1, *shape)
-
-
-def _check_output(teacher: nn.Module, example: Tensor, criterion: str) -> None:
-    try:
-        outputs = outputs_of(predict(teacher, [(example, None)], example.device).outputs)
-    except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"the network cannot run an image of shape {tuple(example.shape)} ({str(error).splitlines()[0]}); "
-            "give images of its size (--input-size)"
-        ) from error
-    if criterion == "loss" and not is_classifier(outputs):
-        shapes = " and ".join(str(tuple(output.shape)) for output in outputs)
-        raise InputError(
-            "criterion 'loss' needs a classifier (one row of class scores per image), but the network returns "
-            f"{shapes}; use --criterion response"
-        )
-
-
-class _Figures:
-    """Accuracy on the test split and agreement on the held-out images."""
-
-    def __init__(
-        self,
-        teacher: nn.Module,
-        teacher_held: Predictions | None,
-        images: Images | None,
-        device: torch.device,
-        progress: Progress,
-    ) -> None:
-        self.teacher, self.teacher_held, self.images = teacher, teacher_held, images
-        self.device, self.progress = device, progress
-
-    def of(self, model: nn.Module, name: str) -> dict[str, Any]:
-        """A stage: the network's name and figures; None where they cannot be had."""
-        figures: dict[str, Any] = {"name": name, "accuracy": None, "agreement": None}
-        if self.images is None:
-            return figures
-        if self.teacher_held is not None and model is not self.teacher:
-            held = predict(model, self.images.held_out, self.device)
-            if not all(bool(torch.isfinite(output).all()) for output in held.outputs):
-                raise InputError(
-                    "the compressed network's outputs are not finite; give more calibration images or a larger budget"
-                )
-            figures["agreement"] = agreement(self.teacher_held, held)
-        if self.images.test is not None:
-            total = self.images.counts.get("test", 0)
-            predictions = predict(
-                model, self.images.test, self.device, lambda done: self.progress(f"evaluating: {name}", done, total)
-            )
-            self.images.counts["test"] = len(predictions)
-            if predictions.labels is not None and is_classifier(predictions.outputs):
-                figures["accuracy"] = accuracy(predictions)
-        return figures
 
 
 def layer_figures(layer: LayerPlan) -> dict[str, Any]:
@@ -484,12 +394,3 @@ def _write(
         write_page(metrics, folder / "report.html")
         if logs is not None:
             keep_logs(logs, folder)
-
-
-def _plain(value: Any) -> Any:
-    """An option as YAML can hold it; Python objects cannot be repeated from a recipe and become None."""
-    if isinstance(value, Path | Budget | Normalization):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value] if all(isinstance(item, str) for item in value) else None
-    return value if isinstance(value, str | int | float | bool) else None

@@ -13,11 +13,11 @@ from dk2pnet.calibration.store import MomentStore
 from dk2pnet.convert import Convolution
 from dk2pnet.decompose.select import Candidate, cheapest, select, uniform
 from dk2pnet.decompose.solve import Factors, Problem, solve_many, spectrum
-from dk2pnet.errors import InputError
+from dk2pnet.errors import TooSmall
 from dk2pnet.pipelines.inputs import Network, Progress
 from dk2pnet.plan import Budget, LayerPlan, Plan
 
-__all__ = ["CRITERIA", "energies_of", "make_plan", "solve_layers", "spend"]
+__all__ = ["CRITERIA", "candidates_of", "energies_of", "make_plan", "solve_layers", "spend"]
 
 # What a criterion needs: moments of the inputs (A), and gradients at the outputs (B).
 CRITERIA = {"weight": (False, False), "response": (True, False), "loss": (True, True)}
@@ -47,6 +47,21 @@ def energies_of(site: Convolution, store: MomentStore | None, criterion: str) ->
     return energies
 
 
+def candidates_of(
+    budget: Budget, sites: Mapping[str, Convolution], energies: Mapping[str, Tensor]
+) -> dict[str, Candidate]:
+    """What `select` knows of the convolutions, in the budget's unit."""
+    candidates = {}
+    for name, site in sites.items():
+        conv = site.module
+        assert isinstance(conv, nn.Conv2d)
+        unit = 1 if budget.kind == "params" else site.positions
+        q = conv.kernel_size[0] * conv.kernel_size[1]
+        kernel = (conv.groups * q + conv.out_channels) * unit
+        candidates[name] = Candidate(energies[name], kernel, conv.weight.numel() * unit)
+    return candidates
+
+
 def spend(
     budget: Budget,
     sites: Mapping[str, Convolution],
@@ -56,21 +71,14 @@ def spend(
 ) -> dict[str, Tensor | None]:
     """Kernels per channel for every convolution that can be decomposed."""
     in_macs = budget.kind != "params"
-    candidates = {}
-    for name, site in sites.items():
-        conv = site.module
-        assert isinstance(conv, nn.Conv2d)
-        unit = site.positions if in_macs else 1
-        q = conv.kernel_size[0] * conv.kernel_size[1]
-        kernel = (conv.groups * q + conv.out_channels) * unit
-        candidates[name] = Candidate(energies[name], kernel, conv.weight.numel() * unit)
+    candidates = candidates_of(budget, sites, energies)
     if budget.kind == "kernels":
         return uniform(candidates, int(budget.value))
     total = total_macs if in_macs else total_parameters
     fixed = total - sum(candidate.dense_cost for candidate in candidates.values())
     least = cheapest(candidates) + fixed
     if budget.value * total < least:
-        raise InputError(
+        raise TooSmall(
             f"budget {budget} cannot be reached: one kernel in every layer that can be decomposed gives "
             f"{budget.kind}={_round_up(least / total)}; give at least that, or let the first convolution go too "
             "(--first)"

@@ -32,7 +32,8 @@ def check_out(out: str | Path | None, overwrite: bool) -> None:
     path = Path(out)
     if path.exists() and not overwrite:
         raise InputError(f"{out} exists; give another --out, or --overwrite to replace it")
-    if path.exists() and not (path.is_dir() and ((path / "plan.json").is_file() or not any(path.iterdir()))):
+    ours = any((path / name).is_file() for name in ("plan.json", "metrics.json"))
+    if path.exists() and not (path.is_dir() and (ours or not any(path.iterdir()))):
         raise InputError(f"{out} is not a folder that dk2pnet wrote, so it is not replaced; give another --out")
 
 
@@ -61,7 +62,7 @@ def unfinished(out: str | Path, overwrite: bool, asked: Mapping[str, Any]) -> It
 
 
 def _worth_keeping(folder: Path) -> bool:
-    return (folder / "closed-form.json").exists() or any(folder.glob("checkpoints/step-*.safetensors"))
+    return any(any(folder.rglob(what)) for what in ("closed-form.json", "step-*.safetensors"))
 
 
 def _enter(folder: Path, overwrite: bool, asked: dict[str, Any]) -> None:
@@ -86,6 +87,8 @@ def keep_logs(unfinished: Path, folder: Path) -> None:
     """Copy the logs of an unfinished run into the new OUT folder."""
     if (unfinished / "log.jsonl").exists():
         shutil.copy2(unfinished / "log.jsonl", folder)
+    if (unfinished / "tuning" / "log.jsonl").exists():
+        shutil.copy2(unfinished / "tuning" / "log.jsonl", folder / "tuning.jsonl")
     if (unfinished / "tensorboard").exists():
         shutil.copytree(unfinished / "tensorboard", folder / "tensorboard")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dk2pnet.data import ImageData, UserBatches, calibration_split, split_training
+from dk2pnet.data import ImageData, UserBatches, calibration_split, part_of_split, split_training
 from dk2pnet.errors import InputError
 from dk2pnet.pipelines.inputs import Network, batch_size_for
 
@@ -21,7 +21,8 @@ Batches = Iterable[tuple[Tensor, Tensor | None]]
 class Images:
     """The images of a run, as normalised batches. `held_out` decides, `test` only reports.
 
-    ``tune``: those of `gather`, for tuning; ``train`` and ``validation``: the labelled ones of a data set.
+    ``tune``: those of `gather`, for tuning; ``train`` and ``validation``: the labelled ones of a data set; ``decide``:
+    those that a budget in points is decided on, which are in none of the others, and ``decided_by``: which they are.
     """
 
     gather: Batches
@@ -31,10 +32,23 @@ class Images:
     test: Batches | None = None
     train: ImageData | UserBatches | None = None
     validation: ImageData | None = None
+    decide: Batches | None = None
+    decided_by: str = ""
 
 
-def named_images(training: ImageData, test: ImageData | None, network: Network, count: int) -> Images:
-    """From the splits of a data set; `count` calibration images of nine tenths of the training split."""
+def named_images(
+    training: ImageData,
+    test: ImageData | None,
+    network: Network,
+    count: int,
+    holdout: ImageData | None = None,
+    holdout_split: str | None = None,
+) -> Images:
+    """From the splits of a data set; `count` calibration images of nine tenths of the training split.
+
+    The other tenth decides on budgets in points, or else `holdout`, or the part of a split that `holdout_split` names,
+    which is then left out of that split.
+    """
     if network.normalization is None:
         raise InputError(
             "the normalisation that the network was trained with is not known; give it with --normalize "
@@ -42,7 +56,29 @@ def named_images(training: ImageData, test: ImageData | None, network: Network, 
         )
     norm = network.normalization
     norm.check(training.channels)
+    decided_by = "the validation tenth of the training split"
+    if holdout_split is not None:
+        decided_by = holdout_split
+        if holdout_split.partition("[")[0] == "train":
+            holdout, training = part_of_split(holdout_split, training)
+        elif test is not None and holdout_split.partition("[")[0] == "test":
+            holdout, test = part_of_split(holdout_split, test)
+            test = test if len(test) else None
+        else:
+            raise InputError(
+                f"holdout split {holdout_split!r} is of no split that data set {training.name!r} has; "
+                "expected a part of train or test, such as 'test[:50%]'"
+            )
+    elif holdout is not None:
+        decided_by = holdout.name
+        norm.check(holdout.channels)
+        if holdout.classes and training.classes and holdout.classes != training.classes:
+            raise InputError(
+                f"the holdout images in {holdout.name} have the classes {', '.join(holdout.classes[:4])}, ..., and "
+                f"{training.name!r} has {', '.join(training.classes[:4])}, ...; expected the same, in the same order"
+            )
     kept, validation = split_training(training)
+    decide = validation if holdout is None else holdout
     gather, held_out = calibration_split(kept, count)
     size = batch_size_for(training.size)
     counts = {"calibration": len(gather), "held out": len(held_out)}
@@ -51,17 +87,30 @@ def named_images(training: ImageData, test: ImageData | None, network: Network, 
         counts["test"] = len(test)
         test_batches = test.batches(size, norm)
     return Images(
-        gather.batches(size, norm), held_out.batches(size, norm), counts, gather, test_batches, kept, validation
+        gather.batches(size, norm),
+        held_out.batches(size, norm),
+        counts,
+        gather,
+        test_batches,
+        kept,
+        validation,
+        decide.batches(size, norm),
+        decided_by,
     )
 
 
-def user_images(data: Iterable[Any], test_data: Iterable[Any] | None, count: int) -> Images:
-    """From a user's own batches."""
+def user_images(
+    data: Iterable[Any], test_data: Iterable[Any] | None, count: int, holdout: Iterable[Any] | None = None
+) -> Images:
+    """From a user's own batches. Without `holdout` the held-out images decide on budgets in points."""
     batches = UserBatches(data)
     gather, held_out = batches.calibration_split(count)
     counts = {"calibration": sum(len(x) for x, _ in gather), "held out": sum(len(x) for x, _ in held_out)}
     test = None if test_data is None else UserBatches(test_data)
-    return Images(gather, held_out, counts, UserBatches(gather), test, batches)
+    images = Images(gather, held_out, counts, UserBatches(gather), test, batches)
+    images.decide = held_out if holdout is None else UserBatches(holdout)
+    images.decided_by = "the held-out calibration images" if holdout is None else "the holdout batches"
+    return images
 
 
 @dataclass(frozen=True)

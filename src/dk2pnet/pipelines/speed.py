@@ -22,7 +22,7 @@ from dk2pnet.deploy.emit import BLOCK, NEARLY_ALL, plain_model
 from dk2pnet.deploy.latency import compare_latency, is_onnx
 from dk2pnet.deploy.onnx import onnx_bytes
 from dk2pnet.deploy.quantize import quantize_onnx
-from dk2pnet.errors import InputError
+from dk2pnet.errors import TooSmall
 from dk2pnet.layer import DKConv2d
 from dk2pnet.pipelines.inputs import Progress, silent
 
@@ -90,7 +90,7 @@ def spend_latency(
 
     Raises
     ------
-    InputError
+    TooSmall
         When the budget cannot be reached; it says what can.
     """
     choices = {name: _choices(site, energies[name]) for name, site in sites.items()}
@@ -160,7 +160,7 @@ def spend_latency(
         return Spent(dict.fromkeys(sites), {}, 1.0, attempts)
     if best[0] > fraction * (1 + TOLERANCE):
         reached = min(entry["measured"] for entry in attempts)
-        raise InputError(
+        raise TooSmall(
             f"budget latency={fraction:g} cannot be reached on {table.target}: the fastest network that was found "
             f"takes {reached:.3f} of the dense one's time; give at least latency={np.ceil(reached * 100) / 100:.2f}"
         )

@@ -19,20 +19,25 @@ from matplotlib.patches import Patch
 from dk2pnet.report.tables import (
     DASH,
     INT8_HEADER,
+    PROBES_HEADER,
     change,
     comparison_rows,
+    decided_sentence,
     format_count,
     int8_rows,
     is_missing,
     layer_rows,
     numeric_columns,
     percent,
+    probe_rows,
 )
 
-__all__ = ["write_page"]
+__all__ = ["DENSE", "INK", "STUDENT", "STYLE", "facts_of", "svg_of", "write_page", "write_template"]
 
-_DENSE, _STUDENT = "#b4c4d4", "#2a6fb0"  # both stand out on white and on black paper
-_INK = "#010203"  # Matplotlib knows no CSS: this stand-in becomes currentColor, so that text follows the page's colour
+DENSE, STUDENT = "#b4c4d4", "#2a6fb0"  # both stand out on white and on black paper
+INK = "#010203"  # Matplotlib knows no CSS: this stand-in becomes currentColor, so that text follows the page's colour
+STYLE = {"svg.hashsalt": "dk2pnet", "svg.fonttype": "none", "font.size": 9.0, "text.color": INK}
+STYLE |= {f"{axis}tick.{what}": INK for axis in "xy" for what in ("color", "labelcolor")}
 _LAYERS_PER_CHART = 40  # a chart of so many bars fits on one printed page
 
 
@@ -42,13 +47,10 @@ def write_page(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     ``metrics`` is what ``metrics.json`` holds. The same metrics give the same bytes, and the file appears whole or
     not at all.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.globals["numeric_columns"] = numeric_columns
-    template = environment.from_string(files("dk2pnet.report").joinpath("page.html").read_text("utf-8"))
     run = metrics.get("run", {})
-    page = template.render(
+    write_template(
+        path,
+        "page.html",
         summary=_summary(metrics),
         comparison=comparison_rows(metrics),
         stages=[(s["name"], percent(s.get("accuracy")), percent(s.get("agreement"))) for s in metrics["stages"]],
@@ -56,6 +58,10 @@ def write_page(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> None
             (d["what"], d["measure"], _number(d["before"]), _number(d["after"]), "kept" if d["kept"] else "not kept")
             for d in metrics.get("decisions", ())
         ],
+        probes_header=PROBES_HEADER,
+        probes=probe_rows(metrics),
+        decided=decided_sentence(metrics["decided"]) if metrics.get("decided") else "",
+        notes=metrics.get("notes", ()),
         int8_header=INT8_HEADER,
         int8=int8_rows(metrics),
         charts=_charts(metrics.get("layers", ())),
@@ -70,8 +76,21 @@ def write_page(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> None
             for (name, done, macs), layer in zip(layer_rows(metrics), metrics.get("layers", ()), strict=True)
         ],
         command=run.get("command", ""),
-        facts=_facts(run),
+        facts=facts_of(run),
     )
+
+
+def write_template(path: str | os.PathLike[str], name: str, **values: Any) -> None:
+    """Write one of this folder's templates, filled with `values`, as one file that loads nothing from elsewhere."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda each: files("dk2pnet.report").joinpath(each).read_text("utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals["numeric_columns"] = numeric_columns
+    page = environment.get_template(name).render(**values)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -124,7 +143,7 @@ def _energy(value: float | None) -> str:
     return DASH if is_missing(value) else f"{100 * value:.1f} %"
 
 
-def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What somebody needs to know to repeat the run, as (name, value)."""
     facts = [(key, str(run[key])) for key in ("seed", "criterion", "budget") if run.get(key) is not None]
     told = (("images", format_count), ("seconds", _number), ("latency", str), ("versions", str), ("hardware", str))
@@ -142,16 +161,18 @@ def _charts(layers: Sequence[Mapping[str, Any]]) -> list[Markup]:
 
 def _chart(layers: Sequence[Mapping[str, Any]], start: int, widest: float) -> Markup:
     """Bars of MACs per layer as an ``<svg>`` element; all charts of a page share their scale."""
-    style = {"svg.hashsalt": "dk2pnet", "svg.fonttype": "none", "font.size": 9.0, "text.color": _INK}
-    style |= {f"{axis}tick.{what}": _INK for axis in "xy" for what in ("color", "labelcolor")}
-    with matplotlib.rc_context(style):
+    label = (
+        f"Bar chart: MACs of the teacher and of the student for layers {start + 1} to {start + len(layers)}; "
+        "the table below gives the same figures."
+    )
+    with matplotlib.rc_context(STYLE):
         height = 0.21 * len(layers) + 0.75
         # A Figure by itself: pyplot would keep it alive, and choose a backend for the caller's whole process.
         figure = Figure(figsize=(8, height), layout="constrained")
         axes = figure.add_subplot()
         rows = range(len(layers))
-        axes.barh(rows, [layer["macs_dense"] for layer in layers], height=0.8, color=_DENSE)
-        axes.barh(rows, [layer["macs"] for layer in layers], height=0.45, color=_STUDENT)
+        axes.barh(rows, [layer["macs_dense"] for layer in layers], height=0.8, color=DENSE)
+        axes.barh(rows, [layer["macs"] for layer in layers], height=0.45, color=STUDENT)
         axes.set_yticks(rows, [_short(layer["name"]) for layer in layers], parse_math=False)
         for row, layer in enumerate(layers):
             end = max(layer["macs_dense"], layer["macs"])
@@ -161,34 +182,35 @@ def _chart(layers: Sequence[Mapping[str, Any]], start: int, widest: float) -> Ma
         axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(_INK)
+        axes.spines["bottom"].set_color(INK)
         figure.legend(
-            handles=[Patch(color=_DENSE, label="MACs, teacher"), Patch(color=_STUDENT, label="MACs, student")],
+            handles=[Patch(color=DENSE, label="MACs, teacher"), Patch(color=STUDENT, label="MACs, student")],
             loc="outside upper right",
             ncols=2,
             frameon=False,
         )
-        out = StringIO()
-        # Without metadata: no date, which would differ from run to run, and no addresses.
-        figure.savefig(
-            out,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        return svg_of(figure, f"chart{start}-", label)
+
+
+def svg_of(figure: Figure, prefix: str, label: str) -> Markup:
+    """A figure as an ``<svg>`` element whose text follows the page's colour; ids get the prefix."""
+    out = StringIO()
+    # Without metadata: no date, which would differ from run to run, and no addresses.
+    figure.savefig(
+        out,
+        format="svg",
+        transparent=True,
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+    )
     text = out.getvalue()
     text = text[text.index("<svg") :]  # an element inside a page has no XML prologue
     # Several charts stand in one page, where an id must be unique. Text cannot match: its < is escaped.
-    text = re.sub(r"<[^>]*>", lambda tag: _adapt(tag[0], f"chart{start}-"), text)
-    label = (
-        f"Bar chart: MACs of the teacher and of the student for layers {start + 1} to {start + len(layers)}; "
-        "the table below gives the same figures."
-    )
+    text = re.sub(r"<[^>]*>", lambda tag: _adapt(tag[0], prefix), text)
     return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1))
 
 
 def _adapt(tag: str, prefix: str) -> str:
-    return re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}", tag.replace(_INK, "currentColor"))
+    return re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}", tag.replace(INK, "currentColor"))
 
 
 def _short(name: str) -> str:

@@ -13,8 +13,10 @@ from rich.text import Text
 __all__ = [
     "DASH",
     "INT8_HEADER",
+    "PROBES_HEADER",
     "change",
     "comparison_rows",
+    "decided_sentence",
     "format_count",
     "int8_rows",
     "is_missing",
@@ -22,6 +24,7 @@ __all__ = [
     "markdown_table",
     "numeric_columns",
     "percent",
+    "probe_rows",
     "rich_table",
 ]
 
@@ -126,6 +129,35 @@ def int8_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
         )
         for row in metrics.get("int8", ())
     ]
+
+
+PROBES_HEADER = ("budget", "MACs kept", "loss", "95 % interval", "within")
+
+
+def probe_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The networks that a budget in points looked at, largest first: one row each under `PROBES_HEADER`."""
+    probes = [probe for probe in metrics.get("decided", {}).get("probes", ()) if "value" in probe]
+    return [
+        (
+            probe["budget"],
+            f"{probe['macs_kept']:.3f}",
+            f"{probe['value']:.3g}",
+            f"{probe['low']:.3g} to {probe['high']:.3g}",
+            "yes" if probe["within"] else "no",
+        )
+        for probe in sorted(probes, key=lambda probe: -probe["macs_kept"])
+    ]
+
+
+def decided_sentence(decided: Mapping[str, Any]) -> str:
+    """What the budget in points came to, on the images that decided and on those that confirmed."""
+    confirmed = decided["confirmed"]
+    first, second = (
+        f"{part['value']:.3g} {decided['unit']} (95 % interval {part['low']:.3g} to {part['high']:.3g}, "
+        f"{part['images']:,} images)"
+        for part in (decided, confirmed)
+    )
+    return f"Loss for {decided['budget']}, by {decided['decided_by']}: {first}; on {confirmed['on']}: {second}."
 
 
 def layer_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,0 +1,115 @@
+"""What a student loses against its teacher, estimated from images that both answer, with a 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from dk2pnet.errors import InputError
+from dk2pnet.measure import Predictions, is_classifier
+
+__all__ = ["Estimate", "accuracy_drop", "disagreement", "estimate", "output_error"]
+
+_Z = 1.96  # of 95 %, two-sided
+_FEW = 25  # discordant images, below which the normal approximation is left
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A loss with its 95 % interval, and how many images it comes from.
+
+    ``discordant``: of `accuracy_drop`, the share of images that only one of the two gets right.
+    """
+
+    value: float
+    low: float
+    high: float
+    images: int
+    discordant: float | None = None
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval."""
+        return (self.high - self.low) / 2
+
+    def images_needed(self, drop: float) -> int:
+        """So many would make the half-width as small as `drop` points: ``(1.96 / drop)^2 (b + c)``.
+
+        At least as many as it takes for none that differ to mean that few do.
+        """
+        none = math.log(0.025) / math.log1p(-drop / 100)
+        return math.ceil(max((_Z / (drop / 100)) ** 2 * (self.discordant or 0.0), none))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For metrics.json."""
+        return asdict(self)
+
+
+def estimate(kind: str, teacher: Predictions, student: Predictions) -> Estimate:
+    """The loss of that `plan.Budget` kind: ``drop``, ``disagree`` or ``error``."""
+    return {"drop": accuracy_drop, "disagree": disagreement, "error": output_error}[kind](teacher, student)
+
+
+def accuracy_drop(teacher: Predictions, student: Predictions) -> Estimate:
+    """Points of accuracy that the student loses, by the images that both answered.
+
+    With b and c the shares that only the teacher or only the student gets right, ``b - c`` with the standard error
+    ``sqrt((b + c - (b - c)^2) / n)``; below 25 discordant images from the exact binomial interval of b among them.
+    """
+    if teacher.labels is None:
+        raise InputError(
+            "a budget of accuracy (drop) needs labelled images, and these have none; use disagree=2, or give others "
+            "(--holdout)"
+        )
+    right = [_answers(predictions) == teacher.labels for predictions in (teacher, student)]
+    n = len(teacher)
+    only_teacher, only_student = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    b, c = only_teacher / n, only_student / n
+    together = only_teacher + only_student
+    if together >= _FEW:
+        reach = _Z * math.sqrt((b + c - (b - c) ** 2) / n)
+        low, high = b - c - reach, b - c + reach
+    elif together:
+        share = binomtest(only_teacher, together).proportion_ci(method="exact")
+        low, high = (together / n * (2 * each - 1) for each in (share.low, share.high))
+    else:
+        high = binomtest(0, n).proportion_ci(method="exact").high
+        low = -high
+    return Estimate(100 * (b - c), 100 * low, 100 * high, n, b + c)
+
+
+def disagreement(teacher: Predictions, student: Predictions) -> Estimate:
+    """Percent of images whose top-1 class is not the teacher's, with the Wilson interval."""
+    n = len(teacher)
+    other = int((_answers(teacher) != _answers(student)).sum())
+    share = binomtest(other, n).proportion_ci(method="wilson")
+    return Estimate(100 * other / n, 100 * share.low, 100 * share.high, n)
+
+
+def output_error(teacher: Predictions, student: Predictions) -> Estimate:
+    """Squared error of the outputs over the teacher's energy; the interval by the delta method over images."""
+    pairs = list(zip(teacher.outputs, student.outputs, strict=True))
+    errors = torch.stack([_per_image(t - s) for t, s in pairs]).sum(0)
+    energies = torch.stack([_per_image(t) for t, _ in pairs]).sum(0)
+    total = float(energies.sum().clamp_min(1e-30))
+    value = float(errors.sum()) / total
+    reach = _Z * float((errors - value * energies).square().sum().sqrt()) / total
+    return Estimate(value, max(value - reach, 0.0), value + reach, len(teacher))
+
+
+def _per_image(x: Tensor) -> Tensor:
+    return x.double().square().flatten(1).sum(1)
+
+
+def _answers(predictions: Predictions) -> Tensor:
+    if not is_classifier(predictions.outputs):
+        raise InputError(
+            "a budget of answers (drop, disagree) needs a classifier (one row of class scores per image), which this "
+            "network is not; use error=0.02"
+        )
+    return predictions.outputs[0].argmax(1)

@@ -1,0 +1,269 @@
+"""What `compress` and `explore` begin with: the teacher, the images, and the way to make students of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dk2pnet.convert import copy_model
+from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization
+from dk2pnet.errors import InputError
+from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, macs, outputs_of, predict
+from dk2pnet.pipelines.clock import Clock
+from dk2pnet.pipelines.closed_form import ClosedForm
+from dk2pnet.pipelines.decomposition import CRITERIA
+from dk2pnet.pipelines.images import Images, named_images, user_images
+from dk2pnet.pipelines.inputs import Network, Progress, load_data, open_network, silent
+from dk2pnet.pipelines.search import Prober
+from dk2pnet.pipelines.tune import Tuner, Tuning, tuning_of
+from dk2pnet.plan import Budget
+
+__all__ = ["Figures", "Prepared", "check_options", "plain_options", "prepare"]
+
+
+@dataclass
+class Prepared:
+    """The teacher on its device, its images (None: the criterion needs none), its answers, and how students are tuned.
+
+    `named`: the data set's name, None for a user's own batches.
+    """
+
+    network: Network
+    teacher: nn.Module
+    images: Images | None
+    example: Tensor
+    held: Predictions | None
+    tuning: Tuning
+    named: str | None
+    criterion: str
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher is."""
+        return self.example.device
+
+    def prober(
+        self,
+        *,
+        keep: Sequence[str],
+        first: bool,
+        memory: float,
+        rebuild: bool,
+        augment: str | None,
+        precision: str,
+        checkpoint_every: float,
+        target: str,
+        threads: int | None,
+        folder: Path | None,
+        clock: Clock,
+        progress: Progress,
+    ) -> Prober:
+        """Makes the students of any budget; options as in `compress`."""
+
+        def open_closed() -> ClosedForm:
+            return ClosedForm(
+                self.teacher,
+                self.held,
+                self.network,
+                self.images,
+                self.example,
+                self.criterion,
+                keep=keep,
+                first=first,
+                memory=int(memory * 2**30),
+                rebuild=rebuild,
+                seed=self.seed,
+                target=target,
+                threads=threads,
+                clock=clock,
+                progress=progress,
+            )
+
+        tuner = None
+        if self.tuning.wanted:
+            assert self.images is not None
+            assert self.held is not None
+            tuner = Tuner(
+                self.teacher,
+                self.held,
+                self.images,
+                example=self.example,
+                name=self.named,
+                normalization=self.network.normalization,
+                augment=augment,
+                precision=precision,
+                seed=self.seed,
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+            )
+        return Prober(self.teacher, open_closed, tuner, self.tuning, folder, clock)
+
+
+def check_options(criterion: str, calibration_images: int, memory: float, augment: str | None) -> None:
+    """`InputError` for options that cannot be, before anything is read."""
+    if criterion not in CRITERIA:
+        raise InputError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}")
+    if calibration_images < 2 or memory <= 0:
+        raise InputError(
+            f"calibration images {calibration_images}, memory {memory:g} GiB; expected at least 2 images and memory "
+            "above 0"
+        )
+    if augment is not None and augment not in AUGMENTATIONS:
+        raise InputError(f"augmentation is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
+
+
+def prepare(
+    model: str | nn.Module,
+    data: str | Iterable[Any] | None,
+    criterion: str,
+    *,
+    weights: str | None,
+    normalize: str | Normalization | None,
+    data_dir: str | None,
+    test_data: Iterable[Any] | None,
+    holdout: str | Iterable[Any] | None,
+    holdout_split: str | None,
+    example_input: Tensor | None,
+    input_size: int | None,
+    classes: int | None,
+    calibration_images: int,
+    tune: str | int | None,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+) -> Prepared:
+    """Open everything; options as in `compress`."""
+    named = data if isinstance(data, str) else None
+    training = load_data(named, "train", model, data_dir=data_dir, input_size=input_size) if named else None
+    if named and training is None:
+        raise InputError(
+            f"data set {named!r} has no training split, which calibration reads; give a folder train/ of images"
+        )
+    network = open_network(model, weights=weights, normalize=normalize, data=training, classes=classes)
+    teacher = copy_model(network.model).eval().to(device)
+    images = None
+    if named is not None and training is not None:
+        test = load_data(named, "test", model, data_dir=data_dir, input_size=input_size)
+        other = None
+        if holdout is not None:
+            if not isinstance(holdout, str):
+                raise InputError("data is the name of a data set, so the holdout has to be a folder of images")
+            other = _any_split(holdout, model, data_dir, training)
+        images = named_images(training, test, network, calibration_images, other, holdout_split)
+    elif data is not None:
+        if isinstance(holdout, str) or holdout_split is not None:
+            raise InputError("data are batches, so the holdout has to be batches too; give holdout=BATCHES")
+        images = user_images(data, test_data, calibration_images, holdout)
+    if images is None and (CRITERIA[criterion][0] or epochs):
+        what = f"criterion {criterion!r}" if CRITERIA[criterion][0] else "training"
+        raise InputError(f"{what} needs images and none were given; give --data, or use --criterion weight --epochs 0")
+    example = _example(example_input, images, network, input_size).to(device)
+    _check_output(teacher, example, criterion)
+    tuning = tuning_of(tune, epochs=epochs, images=images, macs=macs(teacher, example))
+    held = None
+    if images is not None:
+        held = predict(teacher, images.held_out, device)
+        if not all(bool(torch.isfinite(output).all()) for output in held.outputs):
+            raise InputError(
+                "the network's outputs are not finite on the calibration images; "
+                "check the weights and the normalisation"
+            )
+    return Prepared(network, teacher, images, example, held, tuning, named, criterion, seed)
+
+
+def plain_options(asked: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
+    """Options as YAML can hold them; Python objects cannot be repeated from a recipe and become None."""
+    return {key: _plain(value) for key, value in asked.items() if key not in left_out}
+
+
+class Figures:
+    """Accuracy on the test split and agreement on the held-out images; `test` keeps what was answered, by stage."""
+
+    def __init__(self, prepared: Prepared, progress: Progress = silent) -> None:
+        self.prepared, self.progress = prepared, progress
+        self.test: dict[str, Predictions] = {}
+
+    def of(self, model: nn.Module, name: str) -> dict[str, Any]:
+        """A stage: the network's name and figures; None where they cannot be had."""
+        figures: dict[str, Any] = {"name": name, "accuracy": None, "agreement": None}
+        images, held, device = self.prepared.images, self.prepared.held, self.prepared.device
+        if images is None:
+            return figures
+        if held is not None and model is not self.prepared.teacher:
+            answers = predict(model, images.held_out, device)
+            if not all(bool(torch.isfinite(output).all()) for output in answers.outputs):
+                raise InputError(
+                    "the compressed network's outputs are not finite; give more calibration images or a larger budget"
+                )
+            figures["agreement"] = agreement(held, answers)
+        if images.test is not None:
+            total = images.counts.get("test", 0)
+            answers = predict(
+                model, images.test, device, lambda done: self.progress(f"evaluating: {name}", done, total)
+            )
+            self.test[name] = answers
+            images.counts["test"] = len(answers)
+            if answers.labels is not None and is_classifier(answers.outputs):
+                figures["accuracy"] = accuracy(answers)
+        return figures
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _any_split(folder: str, model: str | nn.Module, data_dir: str | None, like: ImageData) -> ImageData:
+    """The images of a holdout folder, all in one split, of the size of the others."""
+    for split in ("test", "train"):
+        found = load_data(folder, split, model, data_dir=data_dir, input_size=like.size[0])
+        if found is not None:
+            return found
+    raise InputError(f"holdout folder {folder} has neither a test nor a training split; give a folder of images")
+
+
+def _example(given: Tensor | None, images: Images | None, network: Network, input_size: int | None) -> Tensor:
+    if given is not None:
+        if given.dim() != 4 or not given.is_floating_point():
+            raise InputError(
+                f"example_input is {given.dtype} of shape {tuple(given.shape)}; expected a float tensor (1, C, H, W)"
+            )
+        return given[:1].detach()
+    if images is not None:
+        return next(iter(images.gather))[0][:1]
+    shape = network.plan.input_shape if network.plan is not None else None
+    if shape is None and input_size is not None:
+        shape = [(network.spec or {}).get("in_channels") or 3, input_size, input_size]
+    if shape is None:
+        raise InputError("the size of the images is not known; give --data or --input-size (in Python: example_input)")
+    return torch.zeros(1, *shape)
+
+
+def _check_output(teacher: nn.Module, example: Tensor, criterion: str) -> None:
+    try:
+        outputs = outputs_of(predict(teacher, [(example, None)], example.device).outputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the network cannot run an image of shape {tuple(example.shape)} ({str(error).splitlines()[0]}); "
+            "give images of its size (--input-size)"
+        ) from error
+    if criterion == "loss" and not is_classifier(outputs):
+        shapes = " and ".join(str(tuple(output.shape)) for output in outputs)
+        raise InputError(
+            "criterion 'loss' needs a classifier (one row of class scores per image), but the network returns "
+            f"{shapes}; use --criterion response"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path | Budget | Normalization):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value] if all(isinstance(item, str) for item in value) else None
+    return value if isinstance(value, str | int | float | bool) else None
