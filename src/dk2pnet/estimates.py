@@ -59,7 +59,8 @@ def accuracy_drop(teacher: Predictions, student: Predictions) -> Estimate:
     """Points of accuracy that the student loses, by the images that both answered.
 
     With b and c the shares that only the teacher or only the student gets right, ``b - c`` with the standard error
-    ``sqrt((b + c - (b - c)^2) / n)``; below 25 discordant images from the exact binomial interval of b among them.
+    ``sqrt((b + c - (b - c)^2) / n)``; below 25 discordant images from the exact binomial intervals of b and of c (that
+    of b among the discordant ones, which McNemar's test uses, takes their number as known, and is too narrow for two).
     """
     if teacher.labels is None:
         raise InputError(
@@ -74,12 +75,9 @@ def accuracy_drop(teacher: Predictions, student: Predictions) -> Estimate:
     if together >= _FEW:
         reach = _Z * math.sqrt((b + c - (b - c) ** 2) / n)
         low, high = b - c - reach, b - c + reach
-    elif together:
-        share = binomtest(only_teacher, together).proportion_ci(method="exact")
-        low, high = (together / n * (2 * each - 1) for each in (share.low, share.high))
     else:
-        high = binomtest(0, n).proportion_ci(method="exact").high
-        low = -high
+        worse, better = (binomtest(each, n).proportion_ci(method="exact") for each in (only_teacher, only_student))
+        low, high = worse.low - better.high, worse.high - better.low
     return Estimate(100 * (b - c), 100 * low, 100 * high, n, b + c)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-HALF = ["compress", "--model", "teacher", "--data", "digits", "--budget", "macs=0.5"]
+HALF = ["compress", "--model", "teacher", "--data", "digits", "--tune", "0", "--budget", "macs=0.5"]
 BY_NAME = ["--model", "lenet", "--data", "digits", "--normalize", "0.5/0.5"]
 
 

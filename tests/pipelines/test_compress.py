@@ -494,7 +494,7 @@ def test_a_rename_that_fails_keeps_the_earlier_run(tmp_path, monkeypatch):
         ({"criterion": "magic"}, "magic.*weight, response, loss"),
         ({"calibration_images": 1}, "images 1"),
         ({"memory": 0}, "memory 0"),
-        ({"epochs": -1}, "epochs -1"),
+        ({"epochs": -1}, "epochs is -1"),
         ({"device": "abacus"}, "abacus"),
         ({"threads": 0}, "threads is 0"),
         ({"epochs": 1, "precision": "fp8"}, "fp8"),

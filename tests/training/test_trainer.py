@@ -14,6 +14,7 @@ from toys import ONE, OPTIONS, accuracy_of, hooks_of, network, run, settings_of,
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.nets import NETS
+from dk2pnet.training import trainer
 from dk2pnet.training.hints import Tap, capture, find_hints, tap_of
 from dk2pnet.training.losses import METHODS, distillation, euclidean, method_named
 from dk2pnet.training.teaching import fit_probes, hinting
@@ -487,3 +488,70 @@ def test_a_network_of_one_number_per_image_is_tuned_without_labels():
         progress=lambda step, total, values: terms.append(values),
     )
     assert terms[-1]["kd"] < terms[5]["kd"]
+
+
+# -- by steps, with Adam, without labels -------------------------------------------------------------------------------
+
+TUNE = TrainingOptions(
+    steps=8, optimizer="adam", learning_rate=0.01, warmup=2, precision="fp32", method="euclidean", distill=0.0
+)
+
+
+def test_steps_end_inside_an_epoch_and_count_its_means(trained):
+    seen, lines = [], []
+    student = student_of(trained, 1)
+    last = run(
+        student,
+        toy(labels=False),
+        TUNE,
+        teacher=trained,
+        progress=lambda step, total, terms: seen.append((step, total, terms["loss"])),
+        validate=lambda: lines.append(len(seen)) or {},
+    )
+    assert [step for step, _, _ in seen] == list(range(1, 9))  # six to an epoch
+    assert {total for _, total, _ in seen} == {8}
+    assert last["loss"] == pytest.approx(seen[-1][2])
+    assert lines == [6, 8]
+
+
+def test_the_warm_up_has_the_steps_that_were_asked_for():
+    rates = [trainer._rate(step, trainer._Stage(0, 40), 4) for step in range(40)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[-1] < 0.01
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_hints_alone_leave_the_layers_behind_them_as_they_are(trained):
+    student = student_of(trained, 1)
+    head = student[-1].weight.detach().clone()
+    kernels = student[3].kernels.detach().clone()
+    terms = run(student, toy(labels=False), TUNE, teacher=trained)
+    assert torch.equal(student[-1].weight, head)
+    assert not torch.equal(student[3].kernels, kernels)
+    assert terms["loss"] == pytest.approx(METHODS["euclidean"].beta * terms["hints"], rel=1e-5)
+    assert terms["kd"] > 0  # shown, not learned from
+
+
+@pytest.mark.parametrize("mode", ["frozen", "training"])
+def test_frozen_batch_norm_keeps_its_statistics(trained, mode):
+    student = student_of(trained, 1)
+    before = [m.running_mean.clone() for m in student.modules() if isinstance(m, nn.BatchNorm2d)]
+    run(student, toy(labels=False), replace(TUNE, batch_norm=mode), teacher=trained)
+    after = [m.running_mean for m in student.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert all(kept) if mode == "frozen" else not any(kept)
+
+
+def test_the_first_step_of_adam_has_the_size_of_the_rate():
+    model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), toy()[0]
+    weight = model[1].weight.detach().clone()
+    options = TrainingOptions(steps=1, optimizer="adam", learning_rate=0.01, weight_decay=0.5, precision="fp32")
+    run(model, [(x, y)], options)
+    moved = (model[1].weight.detach() - weight).abs()
+    assert float(moved.max()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_options_of_tuning_check_themselves():
+    for bad in ({"optimizer": "lion"}, {"batch_norm": "off"}, {"steps": 0}, {"distill": -1.0}):
+        with pytest.raises(InputError, match=str(next(iter(bad.values())))):
+            TrainingOptions(**bad)

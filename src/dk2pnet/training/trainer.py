@@ -97,8 +97,8 @@ class TrainingOptions:
         ):
             raise InputError(
                 f"learning rate {self.learning_rate}, weight decay {self.weight_decay}, alpha {self.alpha}, "
-                f"tau {self.tau}, beta {self.beta}, KP tau {self.kp_tau}; expected rates and temperatures above 0, "
-                "alpha between 0 and 1, weight decay and beta 0 or more"
+                f"tau {self.tau}, distill {self.distill}, beta {self.beta}, KP tau {self.kp_tau}; expected rates and "
+                "temperatures above 0, alpha between 0 and 1, weight decay, distill and beta 0 or more"
             )
         for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("batch_norm", BATCH_NORMS)):
             if getattr(self, name) not in known:

@@ -1,0 +1,265 @@
+"""Tuning: what `tune` asks for, when it is done, what is kept, and that it goes on where it was."""
+
+import copy
+import logging
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from toys import OPTIONS, network, run, toy
+
+from dk2pnet import InputError, compress
+from dk2pnet.deploy import costs
+from dk2pnet.deploy.latency import Latency
+from dk2pnet.measure import divergence, macs, predict
+from dk2pnet.models import make_network
+from dk2pnet.pipelines import compress as pipeline
+from dk2pnet.pipelines import tune
+from dk2pnet.pipelines.images import user_images
+from dk2pnet.pipelines.tune import AUTOMATIC_MACS, tuning_of
+from dk2pnet.training import trainer
+
+X = [x for x, _ in toy(160, 32)]
+LABELLED = toy(160, 32)
+
+
+@cache
+def trained():
+    model = network()
+    run(model, options=replace(OPTIONS, epochs=6))
+    return model.eval()
+
+
+def net():
+    return copy.deepcopy(trained())
+
+
+@pytest.fixture
+def no_timing(monkeypatch):
+    def still(networks, *_, **__):
+        return {name: Latency(1.0, 0.9, 1.1, 3) for name in networks}
+
+    monkeypatch.setattr(pipeline, "compare_latency", still)
+    monkeypatch.setattr(costs, "compare_latency", still)
+
+
+def counts(calibration=160, held=40):
+    return SimpleNamespace(counts={"calibration": calibration, "held out": held})
+
+
+# -- what it asks for --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "seconds"),
+    [("150", 150, None), (7, 7, None), ("2m", 0, 120.0), ("90s", 0, 90.0), ("0.5 h", 0, 1800.0), ("1min", 0, 60.0)],
+)
+def test_steps_and_times(text, steps, seconds):
+    asked = tuning_of(text, epochs=0, images=counts(), macs=1)
+    assert (asked.steps, asked.seconds, asked.wanted) == (steps, seconds, True)
+
+
+@pytest.mark.parametrize("text", ["0", 0])
+def test_nought_is_none(text):
+    assert not tuning_of(text, epochs=0, images=counts(), macs=1).wanted
+
+
+@pytest.mark.parametrize("text", ["two minutes", "-5", "0s", "1.5", "2d", ""])
+def test_anything_else_is_refused(text):
+    with pytest.raises(InputError, match="a number of steps .150., a time .2m, 90s. or 0"):
+        tuning_of(text, epochs=0, images=counts(), macs=1)
+
+
+def test_automatic_is_for_networks_up_to_resnet56_with_images_enough():
+    assert macs(make_network("resnet56"), torch.zeros(1, 3, 32, 32)) == AUTOMATIC_MACS
+    assert tuning_of(None, epochs=0, images=counts(), macs=AUTOMATIC_MACS).steps == 150
+    assert tuning_of("auto", epochs=0, images=counts(80, 20), macs=1).steps == 150
+    for off, words in (
+        ({"macs": AUTOMATIC_MACS + 1}, "--tune 10m"),
+        ({"images": counts(79, 20)}, "99 calibration images"),
+        ({"images": None}, "no images"),
+    ):
+        asked = tuning_of(None, **{"epochs": 0, "images": counts(), "macs": 1} | off)
+        assert not asked.wanted
+        assert words in asked.said
+        assert "--tune" in asked.said
+
+
+def test_with_epochs_automatic_is_off_and_what_is_given_is_done():
+    asked = tuning_of(None, epochs=1, images=counts(), macs=1)
+    assert not asked.wanted
+    assert asked.said == ""
+    assert tuning_of(20, epochs=1, images=counts(), macs=1).steps == 20
+
+
+@pytest.mark.parametrize("have", [None, counts(1, 1)])
+def test_what_was_asked_for_and_cannot_be_done_is_refused(have):
+    with pytest.raises(InputError, match="--tune 150"):
+        tuning_of("150", epochs=0, images=have, macs=1)
+
+
+# -- what it does ------------------------------------------------------------------------------------------------------
+
+
+def names(result):
+    return [stage["name"] for stage in result.metrics["stages"]]
+
+
+def test_tuning_brings_the_student_closer_and_its_stage_is_there():
+    plain = compress(net(), "kernels=1", "loss", X, tune=0)
+    tuned = compress(net(), "kernels=1", "loss", X, tune=60)
+    assert names(plain) == ["teacher", "closed form"]
+    assert names(tuned) == ["teacher", "closed form", "tuned"]
+    decision = tuned.metrics["decisions"][-1]
+    assert decision["what"] == "tuning"
+    assert decision["kept"]
+    teacher, held = net(), user_images(X, None, 2000).held_out
+    before, after = (divergence(predict(teacher, held), predict(r.model, held)) for r in (plain, tuned))
+    assert after < before
+    assert decision["before"] == pytest.approx(before, rel=1e-3)
+    assert decision["after"] == pytest.approx(after, rel=1e-3)
+    assert tuned.metrics["tuning_steps"] == 60
+    assert plain.plan.to_json() == tuned.plan.to_json()
+
+
+def test_automatic_tuning_happens():
+    assert names(compress(net(), "kernels=1", "loss", X))[-1] == "tuned"
+    few = compress(net(), "kernels=1", "loss", [x for x, _ in toy(64, 16)])
+    assert names(few)[-1] == "closed form"
+    assert "fewer than 100" in few.metrics["notes"][0]
+
+
+def test_given_with_epochs_it_comes_first():
+    found = compress(net(), "kernels=1", "loss", LABELLED, tune=5, epochs=1, learning_rate=1e-3)
+    assert names(found) == ["teacher", "closed form", "tuned", "trained"]
+
+
+def test_what_makes_it_worse_is_not_kept(monkeypatch):
+    monkeypatch.setattr(tune, "OPTIONS", tune.OPTIONS)
+    spoil = tune.Tuner._train
+
+    def worse(self, student, solved, steps, folder):
+        spoil(self, student, solved, 1, folder)
+        with torch.no_grad():
+            student[-1].weight.mul_(-1)
+
+    monkeypatch.setattr(tune.Tuner, "_train", worse)
+    plain = compress(net(), "kernels=1", "loss", X, tune=0)
+    found = compress(net(), "kernels=1", "loss", X, tune=5)
+    assert not found.metrics["decisions"][-1]["kept"]
+    first = torch.cat(X)
+    assert torch.equal(found.model(first), plain.model(first))
+
+
+def test_no_number_while_tuning_goes_back_to_the_closed_form(monkeypatch, caplog):
+    def broken(*args, **more):
+        raise trainer.NotFinite("the loss is not finite at step 3 of 5")
+
+    monkeypatch.setattr(tune, "fit", broken)
+    with caplog.at_level(logging.WARNING):
+        found = compress(net(), "kernels=1", "loss", X, tune=5)
+    assert "the closed form is kept: the loss is not finite at step 3" in caplog.text
+    assert found.metrics["decisions"][-1]["after"] is None
+    assert not found.metrics["decisions"][-1]["kept"]
+
+
+def test_images_all_alike_are_warned_of(caplog):
+    same = [X[0][:1].expand(20, -1, -1, -1).contiguous()] * 6
+    with caplog.at_level(logging.WARNING):
+        compress(net(), "kernels=1", "response", same, tune=2)
+    assert "all alike" in caplog.text
+
+
+def test_batches_too_small_for_statistics_freeze_batch_norm(monkeypatch):
+    seen = []
+    fit = tune.fit
+    monkeypatch.setattr(tune, "fit", lambda m, d, options, **more: seen.append(options) or fit(m, d, options, **more))
+    compress(net(), "kernels=1", "loss", [x for x, _ in toy(16, 8)], tune=2)
+    compress(net(), "kernels=1", "loss", X, tune=2)
+    assert [options.batch_norm for options in seen] == ["frozen", "training"]
+    assert seen[0].batch_size == 12
+
+
+def test_dropout_is_off_while_tuning_and_back_afterwards(monkeypatch):
+    model = nn.Sequential(*net()[:-1], nn.Dropout(0.5), net()[-1]).eval()
+    rates = []
+    fit = tune.fit
+    monkeypatch.setattr(tune, "fit", lambda m, *rest, **more: rates.append(m[-2].p) or fit(m, *rest, **more))
+    student = compress(model, "kernels=1", "loss", X, tune=3).model
+    assert rates == [0.0]
+    assert student[-2].p == 0.5
+
+
+def test_a_network_of_feature_maps_is_tuned_on_its_outputs_error():
+    model = nn.Sequential(*net()[:6]).eval()
+    found = compress(model, "kernels=1", "response", X, tune=40)
+    decision = found.metrics["decisions"][-1]
+    assert decision["measure"] == "relative squared error"
+    assert decision["after"] < decision["before"]
+
+
+def test_the_model_given_is_not_changed_by_tuning():
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compress(model, "kernels=1", "loss", X, tune=5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", ["weight", "response", "loss"])
+def test_every_criterion_can_be_tuned(criterion):
+    model = net()
+    with torch.no_grad():
+        model[-1].weight.mul_(30)  # so that small differences of the features matter
+    decision = compress(model, "kernels=1", criterion, X, tune=40).metrics["decisions"][-1]
+    assert decision["after"] < decision["before"]
+
+
+# -- times, and going on -----------------------------------------------------------------------------------------------
+
+
+def test_a_time_becomes_a_number_of_steps_that_the_recipe_tells(tmp_path, no_timing):
+    found = compress(net(), "kernels=1", "loss", X, tune="1s", out=tmp_path / "out")
+    steps = found.metrics["tuning_steps"]
+    assert steps >= 1
+    assert f"tune: {steps}\n" in (tmp_path / "out/recipe.yaml").read_text()
+
+
+def test_a_time_under_one_step_is_refused(monkeypatch):
+    with pytest.raises(InputError, match="one step takes"):
+        compress(net(), "kernels=1", "loss", X, tune="0.000001s")
+
+
+def test_a_killed_tuning_goes_on_with_the_same_bits(tmp_path, no_timing, monkeypatch):
+    options = {"tune": 20, "checkpoint_every": 0.0}
+    whole = compress(net(), "kernels=1", "loss", X, **options, out=tmp_path / "whole")
+    fit, moments = tune.fit, []
+
+    def killed(*args, progress, **more):
+        def stop(what, done, total):
+            progress(what, done, total)
+            if done == 11:
+                raise KeyboardInterrupt
+
+        return fit(*args, progress=stop, **more)
+
+    monkeypatch.setattr(tune, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(net(), "kernels=1", "loss", X, **options, out=tmp_path / "cut")
+    assert any((tmp_path / "cut.unfinished").rglob("step-*.safetensors"))
+    monkeypatch.setattr(tune, "fit", fit)
+    again = compress(
+        net(),
+        "kernels=1",
+        "loss",
+        X,
+        **options,
+        out=tmp_path / "cut",
+        progress=lambda what, *_: moments.append(what.startswith("moments")),
+    )
+    assert not any(moments)
+    assert all(torch.equal(value, again.model.state_dict()[n]) for n, value in whole.model.state_dict().items())
+    assert (tmp_path / "cut/tuning.jsonl").exists()
+    assert not (tmp_path / "cut.unfinished").exists()
