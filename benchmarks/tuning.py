@@ -102,7 +102,7 @@ class Bench:
         self.cpu = torch.device("cpu")
         self.answers = predict(self.teacher, self.validation)
         self.teacher_accuracy = accuracy(predict(self.teacher, self.test_batches))
-        self.solved: dict[tuple, tuple[Images, Any, Solved, float]] = {}
+        self.solved: dict[tuple, tuple[Images, Any, Solved, float]] = {}  # the last one only
 
     def rows(self) -> list[dict]:
         return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
@@ -118,8 +118,8 @@ class Bench:
         return images
 
     def closed_form(self, row: dict) -> tuple[Images, Any, Solved, float]:
-        """The student before tuning; moments are gathered anew for every budget, to have the seconds of one run."""
-        key = tuple(row[name] for name in ("budget", "seed", "images", "whose"))
+        """The student without tuning, or to be tuned; moments are gathered anew, to have the seconds of one run."""
+        key = tuple(row[name] for name in ("budget", "seed", "images", "whose")) + (bool(row["steps"]),)
         if key not in self.solved:
             images = self.images(row)
             held = predict(self.teacher, images.held_out)
@@ -129,7 +129,7 @@ class Bench:
                 with ClosedForm(
                     self.teacher, held, self.network, images, self.example, "loss", seed=row["seed"], clock=clock
                 ) as closed:
-                    return closed.solve(Budget.parse(row["budget"]), whiten=True)
+                    return closed.solve(Budget.parse(row["budget"]), whiten=bool(row["steps"]))
 
             place = Path(self.options.runs, self.options.model, "-".join(map(str, key)))
             place.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ class Bench:
                 whitened=row["whitened"],
                 progress=lambda *_: times.append(time.perf_counter()),
             )
-            student = tuner.tune(start, row["steps"])
+            student = tuner.tune(start, row["steps"]) or student
             # By the median, as the process may have been stopped for a while.
             found["seconds"] = row["steps"] * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
             found["decisions"] = start.decisions

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from toys import OPTIONS, network, run, toy
 
 from dk2pnet import InputError, compress
 from dk2pnet.deploy import costs
@@ -21,6 +20,7 @@ from dk2pnet.pipelines import tune
 from dk2pnet.pipelines.images import user_images
 from dk2pnet.pipelines.tune import AUTOMATIC_MACS, tuning_of
 from dk2pnet.training import trainer
+from toys import OPTIONS, network, run, toy
 
 X = [x for x, _ in toy(160, 32)]
 LABELLED = toy(160, 32)

@@ -141,7 +141,11 @@ class ClosedForm:
                 self.energies |= {name: energies_of(self.open[name], self.store, self.criterion) for name in group}
 
     def solve(self, budget: Budget, whiten: bool = False) -> Solved:
-        """Select, solve, replace and correct; with `whiten` also the whitenings of all DK layers."""
+        """Select, solve, replace and correct.
+
+        With `whiten`, for a student that is going to be tuned: also the whitenings of all DK layers, and no
+        reconstruction, which takes most of the time and from which tuning starts no better (docs/results.md).
+        """
         search: list[dict[str, float]] = []
         forms: dict[str, str] = {}
         if budget.kind == "latency":
@@ -171,7 +175,7 @@ class ClosedForm:
         set_form(student, "folded")
         solved = Solved(student, plan, search=search)
         if replaced and self.images is not None:
-            self._correct(solved, factors, replaced)
+            self._correct(solved, factors, replaced, rebuild=self.rebuild and not whiten)
         if whiten:
             with self.clock("whiten"):
                 modules = dict(solved.student.named_modules(remove_duplicate=False))
@@ -182,12 +186,14 @@ class ClosedForm:
                     solved.whitenings[name] = whitening_of(layer, self.store[name].A() if has_moments else None)
         return solved
 
-    def _correct(self, solved: Solved, factors: Mapping[str, Factors], counts: Mapping[str, Tensor]) -> None:
+    def _correct(
+        self, solved: Solved, factors: Mapping[str, Factors], counts: Mapping[str, Tensor], rebuild: bool
+    ) -> None:
         """Reconstruction, then batch norm or biases; each is kept where it brings the student closer."""
         assert self.images is not None
         assert self.teacher_held is not None
         device, held = self.example.device, self.images.held_out
-        if self.rebuild and CRITERIA[self.criterion][0]:
+        if rebuild and CRITERIA[self.criterion][0]:
             with self.clock("reconstruct"):
                 better = self._reconstructed(solved.plan, factors, counts)
             solved.student = keep_better(

@@ -107,6 +107,9 @@ class Prober:
             if not self.steps:
                 self.steps = self.tuning.steps or self.tuner.steps_in(self.tuning.seconds or 0.0, solved, self.folder)
             probe.tuned = self.tuner.tune(solved, self.steps, folder / "tuning" if folder is not None else None)
+        if probe.tuned is None:  # then the best that can be had without
+            probe.solved = self.closed.solve(budget)
+            probe.solved.decisions = solved.decisions + probe.solved.decisions
         return probe
 
 

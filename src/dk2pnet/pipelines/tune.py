@@ -146,8 +146,8 @@ class Tuner:
         if all_alike(images):
             _log.warning("the calibration images are all alike: what is tuned on them says little about others")
 
-    def tune(self, solved: Solved, steps: int, folder: Path | None = None) -> nn.Module:
-        """The tuned student, or the one that was given where tuning does not bring it closer to the teacher.
+    def tune(self, solved: Solved, steps: int, folder: Path | None = None) -> nn.Module | None:
+        """The tuned student, or None where tuning does not bring it closer to the teacher.
 
         What was decided is added to ``solved.decisions``. `folder` is for checkpoints and the log.
         """
@@ -160,10 +160,11 @@ class Tuner:
             before = divergence(self.teacher_held, predict(solved.student, held, device))
             decision = {"what": "tuning (given up)", "before": before, "after": None, "kept": False}
             solved.decisions.append(decision | {"measure": measure_of(self.teacher_held)})
-            return solved.student
+            return None
         if has_batch_norm(tuned):
             tuned = renormalized(tuned, self.teacher_held, self.images, device, solved.decisions, "after tuning")
-        return keep_better("tuning", solved.student, tuned, self.teacher_held, held, device, solved.decisions)
+        kept = keep_better("tuning", solved.student, tuned, self.teacher_held, held, device, solved.decisions)
+        return tuned if kept is tuned else None
 
     def steps_in(self, seconds: float, solved: Solved, folder: Path | None = None) -> int:
         """How many steps take so long here. Measured once: `folder` keeps the answer for a run that goes on."""
