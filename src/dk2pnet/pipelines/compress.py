@@ -243,8 +243,9 @@ def compress(
         solved, plan = probe.solved, probe.solved.plan
         stages.append(figures.of(solved.student, "closed form"))
         student = probe.student
-        if probe.tuned is not None:
+        if prober.steps:
             recipe["tune"] = prober.steps
+        if probe.tuned is not None:
             stages.append(figures.of(student, "tuned"))
         if decision is not None:
             decision = confirm(wanted, decision, ready, figures, student)
