@@ -1,6 +1,6 @@
 """The exceptions for input that a user can put right."""
 
-__all__ = ["InputError", "TooSmall"]
+__all__ = ["InputError", "Refused", "TooSmall"]
 
 
 class InputError(ValueError):
@@ -10,5 +10,9 @@ class InputError(ValueError):
     """
 
 
-class TooSmall(InputError):
+class Refused(InputError):
+    """What was asked for turned out, on the way, not to be possible: the same command would not do better."""
+
+
+class TooSmall(Refused):
     """A budget that no network can be made for."""

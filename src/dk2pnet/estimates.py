@@ -40,10 +40,12 @@ class Estimate:
     def images_needed(self, drop: float) -> int:
         """So many would make the half-width as small as `drop` points: ``(1.96 / drop)^2 (b + c)``.
 
-        At least as many as it takes for none that differ to mean that few do.
+        Where the interval is an exact one, as many as would make this half-width so small; and where none differ, as
+        many as it takes for that to mean that few do.
         """
-        none = math.log(0.025) / math.log1p(-drop / 100)
-        return math.ceil(max((_Z / (drop / 100)) ** 2 * (self.discordant or 0.0), none))
+        if not self.discordant:
+            return math.ceil(math.log(0.025) / math.log1p(-drop / 100))
+        return math.ceil(max((_Z / (drop / 100)) ** 2 * self.discordant, self.images * (self.half_width / drop) ** 2))
 
     def to_dict(self) -> dict[str, Any]:
         """For metrics.json."""

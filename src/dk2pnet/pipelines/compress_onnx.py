@@ -120,6 +120,11 @@ def compress_onnx(
         "threads": threads,
     }
     wanted = Budget.parse(budget)
+    if wanted.in_points:
+        raise InputError(
+            f"budget {wanted} looks for a network by what it loses, which does not go with an .onnx model yet; "
+            "give latency=0.6, macs=0.5 or kernels=2"
+        )
     _check_options(criterion, data, calibration_images, memory, target)
     check_out(out, overwrite)
     clock = Clock()

@@ -20,7 +20,7 @@ from dk2pnet.data import Normalization
 from dk2pnet.decompose.select import cheapest
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.latency import check_target, compare_latency, conditions
-from dk2pnet.errors import InputError
+from dk2pnet.errors import InputError, TooSmall
 from dk2pnet.estimates import estimate
 from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, macs, parameters, predict
 from dk2pnet.pipelines.clock import Clock
@@ -147,9 +147,15 @@ def explore(
             judge = _Judge(ready)
         timer = _Timer(ready, target, threads, clock) if processes.is_main() else None
         rows = []
+        notes = [ready.tuning.said] * bool(ready.tuning.said)
         for number, budget in enumerate(wanted):
             progress(f"exploring {budget}", number, len(wanted))
-            rows.append(_point(budget, prober, judge, timer, clock, folder))
+            try:
+                rows.append(_point(budget, prober, judge, timer, clock, folder))
+            except TooSmall as error:
+                notes.append(str(error))
+        if not rows:
+            raise TooSmall(notes[-1])
         images = ready.images
         assert images is not None
         images.counts["deciding"] = len(judge.teacher)
@@ -167,7 +173,7 @@ def explore(
             "points": rows,
             "knee": knee(rows, teacher, judge.sign),
             "tuning_steps": prober.steps,
-            "notes": [ready.tuning.said] * bool(ready.tuning.said),
+            "notes": notes,
             "run": {
                 "command": command or "dk2pnet.explore(...)",
                 "seed": seed,
@@ -209,7 +215,7 @@ def knee(points: Sequence[Mapping[str, Any]], teacher: float, sign: int) -> str 
     (x0, y0, _), (x1, y1, _) = curve[0], curve[-1]
     if x1 >= x0 or (y0 - y1) * sign <= 0:
         return None
-    found, farthest = None, 0.0
+    found, farthest = None, 1e-6
     for x, y, budget in curve[1:-1]:
         along = (math.log(x0) - math.log(x)) / (math.log(x0) - math.log(x1))
         distance = along - (y0 - y) / (y0 - y1)

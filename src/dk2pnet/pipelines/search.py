@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dk2pnet.errors import InputError, TooSmall
+from dk2pnet.errors import Refused, TooSmall
 from dk2pnet.estimates import Estimate, estimate
 from dk2pnet.layer import set_form
 from dk2pnet.measure import Predictions, predict
@@ -138,7 +138,7 @@ def smallest(
 
     Raises
     ------
-    InputError
+    Refused
         When no network is within the budget, or when there are too few images to tell.
     """
     tried: list[dict[str, Any]] = []
@@ -164,7 +164,7 @@ def smallest(
         if within:
             passed, good = (at, loss.value), (probe, loss)
             if wanted.kind == "drop" and loss.half_width > wanted.value:
-                raise InputError(
+                raise Refused(
                     f"{loss.images} images cannot tell a drop of {wanted.value:g} points: at {probe.budget} it is "
                     f"{loss.value:.2f} with a 95 % interval from {loss.low:.2f} to {loss.high:.2f}; decide on at least "
                     f"{loss.images_needed(wanted.value)} labelled images (--holdout), or allow a larger drop"
@@ -174,7 +174,7 @@ def smallest(
     if good is None:
         losses = [entry["value"] for entry in tried if "value" in entry]
         lowest = f"the smallest loss that was found is {min(losses):.3g}" if losses else "none could be made"
-        raise InputError(
+        raise Refused(
             f"no network within {wanted} was found in {len(tried)} attempts: {lowest}; allow more, or tune for longer"
         )
     return Found(*good, tried)

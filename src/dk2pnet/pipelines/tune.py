@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from dk2pnet.calibration.statistics import has_batch_norm
 from dk2pnet.convert import copy_model
 from dk2pnet.data import Normalization
-from dk2pnet.errors import InputError
+from dk2pnet.errors import InputError, Refused
 from dk2pnet.measure import Predictions, divergence, predict
 from dk2pnet.pipelines.closed_form import Solved, keep_better, measure_of, renormalized
 from dk2pnet.pipelines.fit import fit
@@ -180,7 +180,7 @@ class Tuner:
         each = statistics.median(b - a for a, b in zip(times[_WARM - 1 :], times[_WARM:], strict=False))
         steps = math.floor(seconds / each)
         if steps < 1:
-            raise InputError(
+            raise Refused(
                 f"tuning was asked for {seconds:g} s, and one step takes {each:.1f} s; give more time, or --tune 0"
             )
         if path is not None:
