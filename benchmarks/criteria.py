@@ -49,6 +49,7 @@ def main() -> None:
                     budget,
                     criterion,
                     options.data,
+                    tune=0,
                     weights=options.weights,
                     normalize=options.normalize,
                     data_dir=options.data_dir,

@@ -1,4 +1,5 @@
-"""The demo: train a small network on scikit-learn's digits, compress it under every criterion, train it with KP.
+"""The demo: train a small network on scikit-learn's digits, compress it under every criterion, tune it without labels,
+train it with KP.
 
 Everything is exported and timed in ONNX Runtime; prints the table, and with --record writes it to
 benchmarks/results/demo.json, from which README.md's table is made.
@@ -68,11 +69,17 @@ def run(folder: Path, console: Console) -> list[dict]:
         metadata={"normalization": json.dumps(plan.normalization), "input_shape": json.dumps(plan.input_shape)},
     )
     rows = [{"name": "teacher", "parameters": parameters(model), "macs": macs(model, example), "folder": teacher}]
-    for criterion, epochs in (("weight", 0), ("response", 0), ("loss", 0), ("loss", 4)):
-        name = criterion + (" + KP" if epochs else "")
+    for criterion, tune, epochs in (
+        ("weight", 0, 0),
+        ("response", 0, 0),
+        ("loss", 0, 0),
+        ("loss", 150, 0),
+        ("loss", 0, 4),
+    ):
+        name = criterion + " + tuning" * bool(tune) + " + KP" * bool(epochs)
         console.print(f"compressing: {name} ...")
         out = folder / name.replace(" ", "")
-        options = {"epochs": epochs, "batch_size": 64, "learning_rate": 0.02, "calibration_images": 500}
+        options = {"tune": tune, "epochs": epochs, "batch_size": 64, "learning_rate": 0.02, "calibration_images": 500}
         result = dk2pnet.compress(str(teacher), BUDGET, criterion, "digits", out=out, **options)
         student = result.metrics["student"]
         rows.append({"name": name, "parameters": student["parameters"], "macs": student["macs"], "folder": out})

@@ -72,6 +72,7 @@ def compressed(options: argparse.Namespace, budget: str, target: str) -> dict[st
             budget,
             "loss",
             options.data,
+            tune=0,
             weights=options.weights,
             normalize=options.normalize,
             data_dir=options.data_dir,

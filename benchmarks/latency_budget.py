@@ -52,6 +52,7 @@ def main() -> None:
                 budget,
                 options.criterion,
                 options.data,
+                tune=0,
                 weights=options.weights,
                 normalize=options.normalize,
                 data_dir=options.data_dir,

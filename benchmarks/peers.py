@@ -154,6 +154,7 @@ class Harness:
                 f"macs={budget:g}",
                 method.split(", ")[1],
                 options.data,
+                tune=0,
                 weights=options.weights,
                 normalize=options.normalize,
                 data_dir=options.data_dir,

@@ -12,10 +12,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 from demo import HEADER as demo_header
 from demo import table_rows as demo_rows
+from dk2pnet.report.curve import CURVE_HEADER, curve_rows
 from dk2pnet.report.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -388,6 +389,110 @@ def hostile() -> str:
     return markdown_table((f"outcome of {len(data['rows'])} changed files", "files"), rows)
 
 
+def mean_and_spread(values: list[float]) -> str:
+    """One value as it is; several as mean and standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1 seed)"
+    return f"{mean(values):.2f} ± {stdev(values):.2f} ({len(values)} seeds)"
+
+
+def tuning(model: str) -> Callable[[], str]:
+    def table() -> str:
+        data = read(f"tuning-budgets-{model}")
+        cells: dict[tuple[str, int], list[dict]] = {}
+        for row in data["rows"]:
+            cells.setdefault((row["budget"], row["steps"]), []).append(row)
+        rows = []
+        for (budget, steps), found in sorted(cells.items(), key=lambda each: (-float(each[0][0][5:]), each[0][1])):
+            seconds = [row["seconds"] if steps else row["closed_form_seconds"] for row in found]
+            rows.append(
+                (
+                    budget,
+                    f"{steps} steps" if steps else "closed form",
+                    mean_and_spread([row["accuracy"] for row in found]),
+                    f"{mean(row['accuracy'] for row in found) - data['teacher_accuracy']:+.2f}",
+                    f"{median(seconds):.0f} s",
+                )
+            )
+        return markdown_table(("budget", "tuning", "accuracy %", "points from the teacher", "on one core"), rows)
+
+    return table
+
+
+def tuning_losses(model: str) -> Callable[[], str]:
+    def table() -> str:
+        found = sorted(read(f"tuning-losses-{model}")["rows"], key=lambda row: (row["budget"], -row["accuracy"]))
+        rows = [
+            (
+                row["budget"],
+                row["name"],
+                f"{row['lr']:g}",
+                row["bn"],
+                f"{row['validation_kl']:.3f}",
+                f"{row['validation_agreement']:.2f}",
+                f"{row['accuracy']:.2f}",
+            )
+            for row in found
+        ]
+        header = ("budget", "taught by", "rate", "batch norm", "validation KL", "validation agreement %", "accuracy %")
+        return markdown_table(header, rows)
+
+    return table
+
+
+def points(model: str) -> Callable[[], str]:
+    def loss(found: dict) -> str:
+        return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+    def table() -> str:
+        rows = [
+            (
+                f"drop={row['drop']:g}",
+                row["decided_by"],
+                f"{row['macs_kept']:.2f}" if "estimate" in row else row["said"],
+                loss(row["estimate"]) if "estimate" in row else "–",
+                loss(row["reported"]) if "estimate" in row else "–",
+                f"{len(row['probes'])}",
+                f"{row['minutes']:.0f}",
+            )
+            for row in read(f"points-{model}")["rows"]
+        ]
+        header = ("budget", "decided on", "MACs kept", "estimate", "drop on test[50%:]", "networks made", "minutes")
+        return markdown_table(header, rows)
+
+    return table
+
+
+def large_tuning() -> str:
+    rows = [
+        (
+            row["model"],
+            f"{row['batch']}",
+            f"{row['images_per_second']:.1f}",
+            f"{row['peak_gib']:.1f} GiB",
+            f"{row['threads']}",
+        )
+        for row in read("large_tuning")["rows"]
+    ]
+    return markdown_table(("network", "batch", "images per second", "peak memory", "threads"), rows)
+
+
+def explored(model: str) -> Callable[[], str]:
+    return lambda: markdown_table(CURVE_HEADER, curve_rows(read(f"explore-{model}")))
+
+
+def explored_times(model: str) -> Callable[[], str]:
+    def table() -> str:
+        found = read(f"explore-{model}")["closed_form_seconds"]
+        parts = [part for part in found["explore"] if found["compress"][part] or found["explore"][part]]
+        rows = [(part, f"{found['compress'][part]:.1f} s", f"{found['explore'][part]:.1f} s") for part in parts]
+        rows.append(("together", f"{found['compress_total']:.1f} s", f"{found['explore_total']:.1f} s"))
+        rows.append(("ratio", "1.00", f"{found['ratio']:.2f}"))
+        return markdown_table(("closed form", "one compress", "explore"), rows)
+
+    return table
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "third-party": third_party,
     "hostile-onnx": hostile,
@@ -410,6 +515,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "int8-resnet32": int8("resnet32"),
     "peers-resnet32": peers("resnet32"),
     "int8-layers": int8_layers("resnet32"),
+    "tuning-resnet32": tuning("resnet32"),
+    "tuning-resnet44": tuning("resnet44"),
+    "tuning-losses-resnet32": tuning_losses("resnet32"),
+    "large-tuning": large_tuning,
+    "points-resnet32": points("resnet32"),
+    "explore-resnet32": explored("resnet32"),
+    "explore-times-resnet32": explored_times("resnet32"),
 }
 
 

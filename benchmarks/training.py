@@ -85,7 +85,15 @@ def main() -> None:
         student = options.runs / f"{options.model}-{budget}"
         if not student.exists():
             dk2pnet.compress(
-                options.model, budget, "loss", options.data, weights=options.weights, out=student, seed=0, **where
+                options.model,
+                budget,
+                "loss",
+                options.data,
+                tune=0,
+                weights=options.weights,
+                out=student,
+                seed=0,
+                **where,
             )
         for method in options.methods:
             recipe = {"epochs": options.epochs, "learning_rate": options.lr, "method": method, "seed": options.seed}

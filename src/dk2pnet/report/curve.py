@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from dk2pnet.report.page import DENSE, INK, STUDENT, STYLE, facts_of, svg_of, write_template
 from dk2pnet.report.tables import DASH, format_count
 
-__all__ = ["CURVE_HEADER", "curve_rows", "knee_sentence", "write_curve_page"]
+__all__ = ["CURVE_HEADER", "curve_rows", "curve_svg", "knee_sentence", "write_curve_page"]
 
 
 CURVE_HEADER = ("budget", "MACs", "params", "time", "closed form", "tuned", "95 % interval", "")
@@ -78,7 +78,7 @@ def write_curve_page(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -
         notes=metrics["notes"],
         caption=f"{metrics['measure'].capitalize()} against multiply-adds (left, logarithmic) and against measured "
         "latency (right), both relative to the teacher's. The line across is the teacher; the ring is the knee.",
-        chart=_chart(metrics),
+        chart=curve_svg(metrics),
         header=CURVE_HEADER,
         points=curve_rows(metrics),
         commands=[point["command"] for point in points],
@@ -93,7 +93,8 @@ def _figure(metrics: Mapping[str, Any], value: float, unit: str = " %") -> str:
     return f"{value:.4f}" if metrics["measure"].startswith("error") else f"{value:.2f}{unit}"
 
 
-def _chart(metrics: Mapping[str, Any]) -> Markup:
+def curve_svg(metrics: Mapping[str, Any]) -> Markup:
+    """The curve as an ``<svg>`` element: the figure against MACs and against latency, closed form and tuned."""
     points = metrics["points"]
     timed = all(point["latency"] for point in points)
     with matplotlib.rc_context(STYLE):

@@ -1,0 +1,66 @@
+"""`dk2pnet explore` as a user sees it, and its time beside one `dk2pnet compress`.
+
+    python benchmarks/explore.py --weights resnet32.th --data-dir DATA --runs FOLDER [--tune 150]
+
+What both do is timed by part; the closed form (statistics, spectra, solving, corrections) is compared, which `explore`
+does for all its budgets from one gathering. Killed, the command goes on after the points that are done; then the times
+are those of the last call only, so give a fresh FOLDER for the comparison. Writes benchmarks/results/explore-MODEL.json
+and docs/explore-MODEL.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import dk2pnet
+from dk2pnet.report.curve import curve_svg
+
+ROOT = Path(__file__).resolve().parent.parent
+CLOSED_FORM = ("moments", "spectra", "solve", "reconstruct", "correct", "whiten")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--normalize", default="imagenet")
+    parser.add_argument("--runs", required=True, type=Path)
+    parser.add_argument("--tune", default=None)
+    options = parser.parse_args()
+    common = {"weights": options.weights, "normalize": options.normalize, "data_dir": options.data_dir}
+    one = dk2pnet.compress(options.model, "macs=0.3", "loss", options.data, tune=0, **common)
+    metrics = dk2pnet.explore(
+        options.model,
+        options.data,
+        "loss",
+        tune=options.tune,
+        threads=torch.get_num_threads(),
+        out=options.runs / f"explore-{options.model}",
+        **common,
+    )
+    for point in metrics["points"]:  # the commands name where the weights lie here
+        del point["command"]
+    metrics["run"].pop("command")
+    seconds = [{part: each["run"]["seconds"].get(part, 0.0) for part in CLOSED_FORM} for each in (one.metrics, metrics)]
+    totals = [sum(each.values()) for each in seconds]
+    metrics["closed_form_seconds"] = {
+        "compress": seconds[0],
+        "explore": seconds[1],
+        "ratio": totals[1] / totals[0],
+        "compress_total": totals[0],
+        "explore_total": totals[1],
+    }
+    path = ROOT / "benchmarks" / "results" / f"explore-{options.model}.json"
+    path.write_text(json.dumps(metrics, indent=1) + "\n")
+    (ROOT / "docs" / f"explore-{options.model}.svg").write_text(curve_svg(metrics))
+    print(metrics["closed_form_seconds"], metrics["run"]["seconds"], metrics["knee"])
+
+
+if __name__ == "__main__":
+    main()
