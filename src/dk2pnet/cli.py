@@ -98,6 +98,10 @@ Keep = Annotated[
 ]
 First = Annotated[bool, typer.Option("--first", help="Decompose the first convolution too.")]
 CalibrationImages = Annotated[int, typer.Option(help="Training images, labels unused; a fifth only decides.")]
+CalibrationData = Annotated[
+    str | None,
+    typer.Option(help="Other images to calibrate and tune on, as --data: a name or a folder. Labels are not used."),
+]
 Memory = Annotated[float, typer.Option(help="GiB for statistics of the layers.")]
 Rebuild = Annotated[bool, typer.Option(help="Try the layer-by-layer reconstruction (slow for large images).")]
 Tune = Annotated[
@@ -159,6 +163,7 @@ def compress(
     keep: Keep = None,
     first: First = False,
     calibration_images: CalibrationImages = 2000,
+    calibration_data: CalibrationData = None,
     memory: Memory = 2.0,
     rebuild: Rebuild = True,
     tune: Tune = None,
@@ -202,6 +207,7 @@ def compress(
             keep=keep or [],
             first=first,
             calibration_images=calibration_images,
+            calibration_data=calibration_data,
             memory=memory,
             rebuild=rebuild,
             tune=tune,
@@ -239,8 +245,8 @@ def compress(
 def explore(
     context: typer.Context,
     model: Model,
-    data: Annotated[str, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")],
     out: Out,
+    data: Data = None,
     budgets: Annotated[
         list[str] | None,
         typer.Option("--budget", help="macs=F, params=F, latency=F or kernels=K. Repeatable. Without: eight shares."),
@@ -255,6 +261,7 @@ def explore(
     keep: Keep = None,
     first: First = False,
     calibration_images: CalibrationImages = 2000,
+    calibration_data: CalibrationData = None,
     memory: Memory = 2.0,
     rebuild: Rebuild = True,
     tune: Tune = None,

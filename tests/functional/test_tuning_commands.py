@@ -3,10 +3,12 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from command_line import FILES, error_of, figures, here, snapshot, works
+from PIL import Image
 from safetensors.torch import load_file
 from test_training_commands import kill_when, start
 
@@ -132,3 +134,21 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(place, name):
     for word in words:
         assert word in message, message
     assert snapshot(place) == before
+
+
+def test_somebody_elses_images_calibrate_with_and_without_our_own(place):
+    rng = np.random.default_rng(0)
+    for number in range(130):
+        folder = place / "others" / f"kind{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    options = ["--calibration-data", "./others", "--budget", "macs=0.5", "--tune", 3]
+    works(here, "compress", *BASE, *options, "--out", "both", cwd=place)
+    images = figures(place / "both")["run"]["images"]
+    assert images == {"calibration": 93, "held out": 24, "test": 359}
+    works(here, "compress", "--model", "teacher", *options, "--out", "blind", cwd=place)
+    found = figures(place / "blind")
+    assert found["run"]["images"] == {"calibration": 93, "held out": 24}
+    assert found["student"]["accuracy"] is None
+    message = error_of(here("compress", "--model", "teacher", *options, "--epochs", 1, "--out", "no", cwd=place))
+    assert "--data" in message

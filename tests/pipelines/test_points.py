@@ -246,3 +246,17 @@ def test_explore_shows_what_compress_gives(monkeypatch):
 def test_explore_refuses_what_it_cannot_show(options, words):
     with pytest.raises(InputError, match=words):
         explore(net(), X, **options)
+
+
+# -- other people's images ---------------------------------------------------------------------------------------------
+
+
+def test_other_images_calibrate_and_the_own_ones_report():
+    other = data(90, 3)
+    images = named(data(200), data(60, 1), calibration=other)
+    everything = rows(other.batches(90, PLAIN))
+    assert rows(images.gather) | rows(images.held_out) <= everything
+    assert not rows(images.train.batches(200, PLAIN)) & everything
+    assert count(images.gather) + count(images.held_out) == 50
+    assert count(images.decide) == 20
+    assert images.tune.labels is None

@@ -79,6 +79,7 @@ def compress(
     keep: Sequence[str] = (),
     first: bool = False,
     calibration_images: int = 2000,
+    calibration_data: str | None = None,
     memory: float = 2.0,
     rebuild: bool = True,
     tune: str | int | None = None,
@@ -131,6 +132,8 @@ def compress(
     example_input : one normalised image ``(1, C, H, W)``; enough for ``weight`` without training
     keep, first : convolutions that stay dense (names or patterns); whether the first one may be decomposed
     calibration_images : images of the training split, labels unused; a fifth of them only decides
+    calibration_data : a data set or folder of other images to calibrate and tune on, sized as `data` is, or where there
+        is no `data`
     memory : GiB for the moments (and again for the activations of the reconstruction)
     rebuild : whether to try the layer-by-layer reconstruction, which takes minutes for large images
     tune : distil the teacher into the student on the calibration images, without labels: a number of steps, a time
@@ -180,12 +183,13 @@ def compress(
             checkpoint_every=checkpoint_every,
         )
 
-    if wanted.in_points and data is None:
+    if wanted.in_points and data is None and calibration_data is None:
         raise InputError(f"budget {wanted} is decided on images and none were given; give --data")
     ready = prepare(
         model,
         data,
         criterion,
+        calibration_data=calibration_data,
         weights=weights,
         normalize=normalize,
         data_dir=data_dir,

@@ -40,7 +40,7 @@ _LARGEST, _SMALLEST = 0.7, 0.08  # of the multiply-adds, between which the budge
 
 def explore(
     model: str | nn.Module,
-    data: str | Iterable[Any],
+    data: str | Iterable[Any] | None = None,
     criterion: str = "loss",
     *,
     budgets: Sequence[str | Budget] = (),
@@ -55,6 +55,7 @@ def explore(
     keep: Sequence[str] = (),
     first: bool = False,
     calibration_images: int = 2000,
+    calibration_data: str | None = None,
     memory: float = 2.0,
     rebuild: bool = True,
     tune: str | int | None = None,
@@ -92,6 +93,8 @@ def explore(
     asked = dict(locals())
     check_options(criterion, calibration_images, memory, augment)
     check_target(target)
+    if data is None and calibration_data is None:
+        raise InputError("explore measures on images and none were given; give --data")
     given = [Budget.parse(budget) for budget in budgets]
     for budget in given:
         if budget.in_points:
@@ -105,6 +108,7 @@ def explore(
         model,
         data,
         criterion,
+        calibration_data=calibration_data,
         weights=weights,
         normalize=normalize,
         data_dir=data_dir,

@@ -43,11 +43,13 @@ def named_images(
     count: int,
     holdout: ImageData | None = None,
     holdout_split: str | None = None,
+    calibration: ImageData | None = None,
 ) -> Images:
     """From the splits of a data set; `count` calibration images of nine tenths of the training split.
 
     The other tenth decides on budgets in points, or else `holdout`, or the part of a split that `holdout_split` names,
-    which is then left out of that split.
+    which is then left out of that split. With `calibration` the calibration images are nine tenths of those, whatever
+    they show.
     """
     if network.normalization is None:
         raise InputError(
@@ -79,7 +81,10 @@ def named_images(
             )
     kept, validation = split_training(training)
     decide = validation if holdout is None else holdout
-    gather, held_out = calibration_split(kept, count)
+    if calibration is not None:
+        norm.check(calibration.channels)
+    source = kept if calibration is None else split_training(calibration)[0]
+    gather, held_out = calibration_split(source, count)
     size = batch_size_for(training.size)
     counts = {"calibration": len(gather), "held out": len(held_out)}
     test_batches = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dk2pnet.convert import copy_model
-from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization
+from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization, has_split, load
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, macs, outputs_of, predict
 from dk2pnet.pipelines.clock import Clock
@@ -30,7 +30,7 @@ __all__ = ["Figures", "Prepared", "check_options", "plain_options", "prepare"]
 class Prepared:
     """The teacher on its device, its images (None: the criterion needs none), its answers, and how students are tuned.
 
-    `named`: the data set's name, None for a user's own batches.
+    `named`: the data set that calibrates, None for a user's own batches.
     """
 
     network: Network
@@ -123,6 +123,7 @@ def prepare(
     data: str | Iterable[Any] | None,
     criterion: str,
     *,
+    calibration_data: str | None,
     weights: str | None,
     normalize: str | Normalization | None,
     data_dir: str | None,
@@ -139,7 +140,15 @@ def prepare(
     device: torch.device,
 ) -> Prepared:
     """Open everything; options as in `compress`."""
-    named = data if isinstance(data, str) else None
+    if calibration_data is not None and data is not None and not isinstance(data, str):
+        raise InputError(
+            "data are batches, which calibrate too; leave calibration_data away, or name a data set as data"
+        )
+    if calibration_data is not None and epochs and data is None:
+        raise InputError(
+            "training needs the network's own images (--data); --calibration-data only calibrates and tunes"
+        )
+    named = data if isinstance(data, str) else calibration_data if data is None else None
     training = load_data(named, "train", model, data_dir=data_dir, input_size=input_size) if named else None
     if named and training is None:
         raise InputError(
@@ -154,8 +163,13 @@ def prepare(
         if holdout is not None:
             if not isinstance(holdout, str):
                 raise InputError("data is the name of a data set, so the holdout has to be a folder of images")
-            other = _any_split(holdout, model, data_dir, training)
-        images = named_images(training, test, network, calibration_images, other, holdout_split)
+            other = _any_split(holdout, data_dir, training, ("test", "train"))
+        calibration = None
+        if calibration_data is not None:
+            calibration = _any_split(calibration_data, data_dir, training, ("train", "test"))
+            if data is None:  # somebody else's images: their labels mean nothing to this network
+                training, test = training.without_labels(), None
+        images = named_images(training, test, network, calibration_images, other, holdout_split, calibration)
     elif data is not None:
         if isinstance(holdout, str) or holdout_split is not None:
             raise InputError("data are batches, so the holdout has to be batches too; give holdout=BATCHES")
@@ -174,7 +188,7 @@ def prepare(
                 "the network's outputs are not finite on the calibration images; "
                 "check the weights and the normalisation"
             )
-    return Prepared(network, teacher, images, example, held, tuning, named, criterion, seed)
+    return Prepared(network, teacher, images, example, held, tuning, calibration_data or named, criterion, seed)
 
 
 def plain_options(asked: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
@@ -217,13 +231,12 @@ class Figures:
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _any_split(folder: str, model: str | nn.Module, data_dir: str | None, like: ImageData) -> ImageData:
-    """The images of a holdout folder, all in one split, of the size of the others."""
-    for split in ("test", "train"):
-        found = load_data(folder, split, model, data_dir=data_dir, input_size=like.size[0])
-        if found is not None:
-            return found
-    raise InputError(f"holdout folder {folder} has neither a test nor a training split; give a folder of images")
+def _any_split(name: str, data_dir: str | None, like: ImageData, splits: Sequence[str]) -> ImageData:
+    """The images of the first of the splits that there is, in the size and colours of those in `like`."""
+    for split in splits:
+        if has_split(name, split, data_dir):
+            return load(name, split, data_dir=data_dir, size=like.size[0], channels=like.channels)
+    raise InputError(f"data set {name!r} has neither a training nor a test split; give a folder of images")
 
 
 def _example(given: Tensor | None, images: Images | None, network: Network, input_size: int | None) -> Tensor:
