@@ -123,7 +123,7 @@ def prepare(
     data: str | Iterable[Any] | None,
     criterion: str,
     *,
-    calibration_data: str | None,
+    calibration_data: str | None = None,
     weights: str | None,
     normalize: str | Normalization | None,
     data_dir: str | None,
