@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from dk2pnet import processes
 from dk2pnet.calibration.statistics import has_batch_norm
 from dk2pnet.convert import copy_model
 from dk2pnet.data import Normalization
@@ -178,12 +179,14 @@ class Tuner:
         finally:
             self.progress = quiet
         each = statistics.median(b - a for a, b in zip(times[_WARM - 1 :], times[_WARM:], strict=False))
-        steps = math.floor(seconds / each)
+        found = [math.floor(seconds / each)]
+        processes.broadcast(found)  # every process has to do as many
+        steps = found[0]
         if steps < 1:
             raise Refused(
                 f"tuning was asked for {seconds:g} s, and one step takes {each:.1f} s; give more time, or --tune 0"
             )
-        if path is not None:
+        if path is not None and processes.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"steps": steps})
         return steps
