@@ -2,7 +2,7 @@
 
     python benchmarks/explore.py --weights resnet32.th --data-dir DATA --runs FOLDER [--tune 150]
 
-What both do is timed by part; the closed form (statistics, spectra, solving, corrections) is compared, which `explore`
+What both do is timed by part, `compress` with ``--tune 0``; the closed form (statistics, spectra, solving, corrections) is compared, which `explore`
 does for all its budgets from one gathering. Killed, the command goes on after the points that are done; then the times
 are those of the last call only, so give a fresh FOLDER for the comparison. Writes benchmarks/results/explore-MODEL.json
 and docs/explore-MODEL.svg.
@@ -53,6 +53,7 @@ def main() -> None:
         "compress": seconds[0],
         "explore": seconds[1],
         "ratio": totals[1] / totals[0],
+        "ratio_without_reconstruction": totals[1] / (totals[0] - seconds[0]["reconstruct"]),
         "compress_total": totals[0],
         "explore_total": totals[1],
     }
