@@ -2,10 +2,10 @@
 
     python benchmarks/explore.py --weights resnet32.th --data-dir DATA --runs FOLDER [--tune 150]
 
-What both do is timed by part, `compress` with ``--tune 0``; the closed form (statistics, spectra, solving, corrections) is compared, which `explore`
-does for all its budgets from one gathering. Killed, the command goes on after the points that are done; then the times
-are those of the last call only, so give a fresh FOLDER for the comparison. Writes benchmarks/results/explore-MODEL.json
-and docs/explore-MODEL.svg.
+What both do is timed by part, `compress` with ``--tune 0``; the closed form (statistics, spectra, solving, corrections)
+is compared, which `explore` does for all its budgets from one gathering. Killed, the command goes on after the points
+that are done; then the times are those of the last call only, so give a fresh FOLDER for the comparison. Writes
+benchmarks/results/explore-MODEL.json and docs/explore-MODEL.svg.
 """
 
 from __future__ import annotations
