@@ -519,6 +519,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning-resnet32": tuning("resnet32"),
     "tuning-resnet44": tuning("resnet44"),
     "tuning-losses-resnet32": tuning_losses("resnet32"),
+    "tuning-losses-resnet32-reconstructed": tuning_losses("resnet32-reconstructed"),
     "large-tuning": large_tuning,
     "points-resnet32": points("resnet32"),
     "explore-resnet32": explored("resnet32"),

@@ -165,7 +165,6 @@ class Bench:
             student = tuner.tune(start, row["steps"]) or student
             # By the median, as the process may have been stopped for a while.
             found["seconds"] = row["steps"] * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
-            found["decisions"] = start.decisions
         answers = predict(student, self.validation)
         found |= {
             "accuracy": accuracy(predict(student, self.test_batches)),
