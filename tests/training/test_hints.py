@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
-from toys import ONE, hooks_of, network, same, settings_of, student_of, toy
 
 from dk2pnet.errors import InputError
 from dk2pnet.nets import lenet, resnet20, resnet32, vgg8
 from dk2pnet.training.hints import HintPair, Tap, capture, find_hints, find_pairs, parse_hints, tap_of
+from toys import ONE, hooks_of, network, same, settings_of, student_of, toy
 
 COLOUR = torch.zeros(1, 3, 32, 32)
 LARGE = torch.zeros(1, 3, 64, 64)

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import ONE, network, run, same, settings_of, student_of, toy
 
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.errors import InputError
@@ -26,6 +25,7 @@ from dk2pnet.training import trainer
 from dk2pnet.training.log import TrainingLog
 from dk2pnet.training.losses import METHODS
 from dk2pnet.training.trainer import TrainingOptions, choose_precision, train
+from toys import ONE, network, run, same, settings_of, student_of, toy
 
 STEPS = 4  # of an epoch
 OPTIONS = TrainingOptions(

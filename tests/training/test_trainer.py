@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import ONE, OPTIONS, accuracy_of, hooks_of, network, run, settings_of, student_of, toy
 
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
@@ -19,6 +18,7 @@ from dk2pnet.training.hints import Tap, capture, find_hints, tap_of
 from dk2pnet.training.losses import METHODS, distillation, euclidean, method_named
 from dk2pnet.training.teaching import fit_probes, hinting
 from dk2pnet.training.trainer import TrainingOptions, choose_precision, train
+from toys import ONE, OPTIONS, accuracy_of, hooks_of, network, run, settings_of, student_of, toy
 
 # Methods whose hints compare the maps as they are, with nothing trained between them.
 DIRECT = ["kp-channel", "kp-position", "kp-unit", "euclidean", "at"]

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from toys import ONE, OPTIONS, network, run, same, settings_of, student_of, toy
 
 from dk2pnet.layer import DKConv2d
 from dk2pnet.training.trainer import TrainingOptions
 from dk2pnet.training.whitened import whitened, whitening_of
+from toys import ONE, OPTIONS, network, run, same, settings_of, student_of, toy
 
 ADAM = TrainingOptions(
     steps=20, optimizer="adam", learning_rate=0.01, warmup=3, precision="fp32", method="euclidean", distill=0.0
