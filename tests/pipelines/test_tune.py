@@ -147,7 +147,6 @@ def test_given_with_epochs_it_comes_first():
 
 
 def test_what_makes_it_worse_is_not_kept(monkeypatch):
-    monkeypatch.setattr(tune, "OPTIONS", tune.OPTIONS)
     spoil = tune.Tuner._train
 
     def worse(self, student, solved, steps, folder):

@@ -44,7 +44,7 @@ _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
-# Chosen on held-out training images: benchmarks/tuning.py, docs/results.md.
+# The hints are chosen by agreement on unused training images (docs/results.md); rate and form are the prototype's.
 OPTIONS = TrainingOptions(
     optimizer="adam", learning_rate=1e-2, warmup=10, method="euclidean", distill=0.0, batch_norm="training"
 )
