@@ -234,7 +234,6 @@ class ClosedForm:
             dense,
             self.sites,
             counts,
-            {name: self.store[name].B() for name in counts},
             batches,
             images=images_used,
             memory=self.memory,
@@ -244,6 +243,10 @@ class ClosedForm:
         )
         student = convert(self.teacher, plan, {**factors, **found})
         set_form(student, "folded")
+        state = student.state_dict()  # biases and running means have moved too
+        for name, value in dense.state_dict().items():
+            if name in state:
+                state[name].copy_(value)
         return student
 
     def _spend_time(self, fraction: float) -> Spent:

@@ -1,0 +1,180 @@
+"""Other methods of the field under the same tuning: is it the decomposition, or what comes after it?
+
+    pip install -r benchmarks/requirements-peers.txt
+    python benchmarks/peers_tuned.py --weights resnet32.th --data-dir DATA --runs FOLDER [--budgets 0.3] [--methods ...]
+
+Every method of peers.py starts as there, at the same multiply-adds of the whole network, and is tuned as `compress`
+tunes: the same 2,000 images without labels, 150 steps, Euclidean hints, Adam. Each chooses for itself, by the agreement
+with the teacher on the validation tenth of the training split: first the learning rate with batch norm in training mode
+(when the best one is the highest or the lowest, a higher or lower one is tried as well), then frozen batch norm at that
+rate. Ours is tuned in the plain form, as all others, and in the whitened one, so that the preconditioner is not taken
+for the decomposition. Test accuracy is shown, and chooses nothing. Starts are kept in FOLDER, rows already in the JSON
+are not made again. Writes benchmarks/results/peers_tuned-MODEL.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dk2pnet.calibration.gather import gather_moments
+from dk2pnet.data import split_training
+from dk2pnet.decompose.whiten import Whitening
+from dk2pnet.layer import DKConv2d
+from dk2pnet.measure import Predictions, accuracy, agreement, divergence, macs, parameters, predict
+from dk2pnet.pipelines.closed_form import Solved
+from dk2pnet.pipelines.images import named_images
+from dk2pnet.pipelines.inputs import environment, load_data, open_network, pick_device
+from dk2pnet.pipelines.tune import OPTIONS, Tuner
+from dk2pnet.training.whitened import whitening_of
+from peers import METHODS, RESULTS, Harness
+
+RATES = (1e-3, 3e-3, 1e-2)
+WIDER = {max(RATES): 3e-2, min(RATES): 3e-4, 3e-2: 1e-1, 3e-4: 1e-4}
+STEPS = 150
+# Name of a row -> the method of peers.py that it starts from, and whether it is tuned in the whitened form.
+ROWS = {method: (method, False) for method in METHODS} | {"ours, loss, whitened": ("ours, loss", True)}
+
+
+class Tuned(Harness):
+    """The harness of peers.py with the tuning of `compress`."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
+        assert training is not None
+        _, validation = split_training(training)
+        self.validation = validation.without_labels().batches(128, self.norm)
+        self.wanted = predict(self.teacher, self.validation)
+        network = open_network(options.model, weights=options.weights, normalize=options.normalize, data=training)
+        self.inputs: dict[str, Tensor] = {}
+        self.calibration = named_images(training, None, network, 2000)
+
+    def start(self, method: str, budget: float) -> nn.Module:
+        """The student that a method gives, before any tuning."""
+        place = Path(self.options.runs, f"{self.options.model}-{budget:g}-{method}.pt".replace(" ", "_"))
+        if not place.exists():
+            torch.manual_seed(0)
+            student = self.student(method, budget)
+            if not method.startswith("ours"):  # which has done so itself, by the same rule
+                student = self.with_batch_norm(student)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(student, place)
+        return torch.load(place, weights_only=False)
+
+    def tuned(self, student: nn.Module, rate: float, batch_norm: str, whitened: bool) -> nn.Module:
+        """The last step's student, with the batch norm that is closer to the teacher."""
+        tuner = Tuner(
+            self.teacher,
+            self.answers,
+            self.calibration,
+            example=self.example,
+            name=self.options.data,
+            normalization=self.norm,
+            options=replace(OPTIONS, learning_rate=rate, batch_norm=batch_norm),
+            whitened=whitened,
+        )
+        nothing: Any = None  # the plan plays no part in tuning
+        solved = Solved(student, nothing, whitenings=self.whitenings(student) if whitened else {})
+        return tuner.tune(solved, STEPS) or student
+
+    def whitenings(self, student: nn.Module) -> dict[str, Whitening]:
+        """Of all DK layers, by the moments of the teacher's inputs."""
+        if not self.inputs:
+            convolutions = {name: site.module for name, site in self.open.items()}
+            for group in gather_moments(self.teacher, convolutions, self.gather):  # type: ignore[arg-type]
+                self.inputs |= {name: moments.A() for name, moments in group.items()}
+        layers = {name: m for name, m in student.named_modules() if isinstance(m, DKConv2d)}
+        return {name: whitening_of(layer, self.inputs[name]) for name, layer in layers.items()}
+
+    def figures(self, student: nn.Module) -> dict[str, float | None]:
+        answers: Predictions = predict(student, self.validation)
+        return {
+            "accuracy": self.accuracy(student),
+            "validation_agreement": agreement(self.wanted, answers),
+            "validation_kl": divergence(self.wanted, answers),
+        }
+
+
+class Results:
+    """Rows of one network; read again before each change, as several processes may add to them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path = RESULTS / f"peers_tuned-{options.model}.json"
+        self.model = options.model
+
+    def rows(self) -> list[dict[str, Any]]:
+        return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        return next((row for row in self.rows() if all(row[name] == value for name, value in key.items())), None)
+
+    def add(self, row: dict[str, Any], teacher: float) -> None:
+        rows = sorted([*self.rows(), row], key=lambda r: (r["budget"], r["method"], r["bn"], r["lr"]))
+        result = {"model": self.model, "steps": STEPS, "teacher_accuracy": teacher, "rows": rows}
+        result["environment"] = environment(pick_device("cpu"))
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def explore(harness: Tuned, results: Results, name: str, budget: float, teacher: float) -> None:
+    """All rows of one method at one budget."""
+    method, whitened = ROWS[name]
+
+    def row(rate: float, batch_norm: str) -> dict[str, Any]:
+        key = {"method": name, "budget": budget, "lr": rate, "bn": batch_norm}
+        known = results.find(**key)
+        if known is not None:
+            return known
+        student = harness.start(method, budget)
+        size = {"macs_kept": macs(student, harness.example) / harness.total, "parameters": parameters(student)}
+        found = key | size
+        if rate:
+            began = time.perf_counter()
+            student = harness.tuned(student, rate, batch_norm, whitened)
+            found["seconds"] = time.perf_counter() - began
+        found |= harness.figures(student)
+        results.add(found, teacher)
+        print(found, flush=True)
+        return found
+
+    row(0.0, "")
+    rows = [row(rate, "training") for rate in RATES]
+    while True:
+        best = max(rows, key=lambda each: each["validation_agreement"])
+        further = WIDER.get(best["lr"])
+        if further is None or further in {each["lr"] for each in rows}:
+            break
+        rows.append(row(further, "training"))
+    row(best["lr"], "frozen")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--normalize", default="imagenet")
+    parser.add_argument("--runs", required=True, help="folder for the students before tuning")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.15])
+    parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    harness, results = Tuned(options), Results(options)
+    teacher = accuracy(predict(harness.teacher, harness.test))
+    for budget in options.budgets:
+        for name in options.methods:
+            explore(harness, results, name, budget, teacher)
+
+
+if __name__ == "__main__":
+    main()
