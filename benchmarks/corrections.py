@@ -1,9 +1,10 @@
 """What each step of the closed form brings on a CIFAR-10 ResNet trained by others (criterion `loss`, no training).
 
-    python benchmarks/corrections.py --weights resnet32.th --data-dir DATA [--model resnet32] [--budgets 0.44 0.3]
+    python benchmarks/corrections.py --weights resnet32.th --data-dir DATA [--model resnet32] [--budgets 0.44 0.3 0.15]
 
 Rows: per-channel SVDs in the metric of the moments; block coordinate descent; the same with centred moments and a free
-bias; the layer-by-layer asymmetric reconstruction. Columns: test accuracy and KL(teacher || student) on the held-out
+bias; the layer-by-layer asymmetric reconstruction, first with nothing known of what follows a convolution, then with
+the batch norm, the other side of a sum, and the ReLU. Columns: test accuracy and KL(teacher || student) on the held-out
 calibration images, as it is and with batch norm re-estimated. The KL decides; the accuracy is only shown. Writes
 benchmarks/results/corrections-MODEL.json.
 """
@@ -15,6 +16,8 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -22,6 +25,7 @@ from torch import nn
 from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.calibration.reconstruct import reconstruct
 from dk2pnet.calibration.statistics import reestimate_batch_norm
+from dk2pnet.calibration.surroundings import Surroundings, surroundings_of
 from dk2pnet.convert import copy_model, find_convolutions, replace_modules
 from dk2pnet.data import calibration_split, split_training
 from dk2pnet.decompose.select import Candidate, select
@@ -31,6 +35,7 @@ from dk2pnet.measure import accuracy, divergence, macs, predict
 from dk2pnet.pipelines.inputs import environment, load_data, open_network
 
 RESULTS = Path(__file__).parent / "results"
+RECONSTRUCTIONS = ("asymmetric, layer by layer", "… batch norm known", "… and the sum", "… and the ReLU")
 
 
 def main() -> None:
@@ -40,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--normalize", default="imagenet")
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3])
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.15])
     options = parser.parse_args()
     training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
     test = load_data(options.data, "test", options.model, data_dir=options.data_dir)
@@ -96,18 +101,27 @@ def main() -> None:
             means = {k: moments[k].mean()[0] for k in counts} if centred else None
             return with_layers(teacher, factors, means)
 
-        def rebuilt(counts: dict = counts) -> nn.Module:
-            fisher = {k: moments[k].B() for k in counts}
-            dense_copy = copy_model(teacher)
-            images = len(gather)
-            return with_layers(
-                teacher, reconstruct(teacher, dense_copy, sites, counts, fisher, gather_batches, images=images)
-            )
+        def rebuilt(known: int, counts: dict = counts) -> nn.Module:
+            """The first so many of batch norm, sum and ReLU are known."""
+
+            def part(*args: Any) -> dict[str, Surroundings]:
+                found = surroundings_of(*args)
+                return {
+                    name: Surroundings(near.norm, near.other if known > 1 else None, near.rectified and known > 2)
+                    for name, near in found.items()
+                    if known
+                }
+
+            student = copy_model(teacher)
+            with patch("dk2pnet.calibration.reconstruct.surroundings_of", part):
+                reconstruct(teacher, student, sites, counts, gather_batches, images=len(gather))
+            return student.eval()
 
         add(budget, "per-channel SVD in the metric", lambda solved=solved: solved(0))
         add(budget, "block coordinate descent", lambda solved=solved: solved(60))
         add(budget, "… centred, free bias", lambda solved=solved: solved(60, True))
-        add(budget, "asymmetric, layer by layer", rebuilt)
+        for known, name in enumerate(RECONSTRUCTIONS):
+            add(budget, name, lambda known=known, rebuilt=rebuilt: rebuilt(known))
 
 
 def with_layers(

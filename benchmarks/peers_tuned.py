@@ -6,7 +6,7 @@
 Every method of peers.py starts as there, at the same multiply-adds of the whole network, and is tuned as `compress`
 tunes: the same 2,000 images without labels, 150 steps, Euclidean hints, Adam. Each chooses for itself, by the agreement
 with the teacher on the validation tenth of the training split: first the learning rate with batch norm in training mode
-(when the best one is the highest or the lowest, a higher or lower one is tried as well), then frozen batch norm at that
+(3e-3 and 1e-2, then further in the direction of the better one as long as that helps), then frozen batch norm at that
 rate. Ours is tuned in the plain form, as all others, and in the whitened one, so that the preconditioner is not taken
 for the decomposition. Test accuracy is shown, and chooses nothing. Starts are kept in FOLDER, rows already in the JSON
 are not made again. Writes benchmarks/results/peers_tuned-MODEL.json.
@@ -36,8 +36,8 @@ from dk2pnet.pipelines.tune import OPTIONS, Tuner
 from dk2pnet.training.whitened import whitening_of
 from peers import METHODS, RESULTS, Harness
 
-RATES = (1e-3, 3e-3, 1e-2)
-WIDER = {max(RATES): 3e-2, min(RATES): 3e-4, 3e-2: 1e-1, 3e-4: 1e-4}
+RATES = (3e-3, 1e-2)
+FURTHER = {1e-2: 3e-2, 3e-2: 1e-1, 3e-3: 1e-3, 1e-3: 3e-4, 3e-4: 1e-4}
 STEPS = 150
 # Name of a row -> the method of peers.py that it starts from, and whether it is tuned in the whitened form.
 ROWS = {method: (method, False) for method in METHODS} | {"ours, loss, whitened": ("ours, loss", True)}
@@ -150,7 +150,7 @@ def explore(harness: Tuned, results: Results, name: str, budget: float, teacher:
     rows = [row(rate, "training") for rate in RATES]
     while True:
         best = max(rows, key=lambda each: each["validation_agreement"])
-        further = WIDER.get(best["lr"])
+        further = FURTHER.get(best["lr"])
         if further is None or further in {each["lr"] for each in rows}:
             break
         rows.append(row(further, "training"))
