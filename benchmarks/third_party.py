@@ -1,7 +1,7 @@
 """ONNX in, ONNX out on models that somebody else made and ships inside a package.
 
     pip install -r benchmarks/requirements-third-party.txt; pip install --no-deps basic-pitch==0.4.0
-    python benchmarks/third_party.py [--only NAME ...] [--budgets latency=0.8 latency=0.6]
+    python benchmarks/third_party.py [--only NAME ...] [--budgets latency=0.8 latency=0.6] [--tune 0 10m]
 
 For every model: inputs are recorded while the package itself runs on pictures or sounds that are made here from the
 photographs and fonts of other packages; they calibrate, and a fifth of them only decides and measures the outputs'
@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -386,7 +387,7 @@ def run_in_package(mode: str, name: str, folder: Path, out: Path) -> None:
 # -- the benchmark -----------------------------------------------------------------------------------------------------
 
 
-def row_of(name: str, budget: str, work: Path, threads: int) -> dict[str, Any]:
+def row_of(name: str, budget: str, tune: str, work: Path, threads: int) -> dict[str, Any]:
     from dk2pnet.deploy.rewrite import read_onnx
     from dk2pnet.errors import InputError
     from dk2pnet.pipelines.compress_onnx import compress_onnx
@@ -398,14 +399,14 @@ def row_of(name: str, budget: str, work: Path, threads: int) -> dict[str, Any]:
         package_with(name, None, folder / name)
     if not feeds.exists():
         run_in_package("record", name, folder / name, feeds)
-    row: dict[str, Any] = {"model": name, "budget": budget, "package": f"{model.package} {model.version}"}
+    row: dict[str, Any] = {"model": name, "budget": budget, "tune": tune, "package": f"{model.package} {model.version}"}
     row |= {"what": model.what, "file": model.file, "measure": model.measure}
     try:
-        result = compress_onnx(original, budget, data=str(feeds), threads=threads)
+        result = compress_onnx(original, budget, data=str(feeds), tune=tune, threads=threads)
     except InputError as error:
         return row | {"refused": str(error).replace(str(folder / name) + "/", "")}
     metrics = result.metrics
-    compressed = work / f"{name}-{budget}.onnx"
+    compressed = work / f"{name}-{budget}-{tune}.onnx"
     compressed.write_bytes(result.content)
     before, after = answers_of(name, None), answers_of(name, compressed)
     shares = [share for share in map(model.same, before, after) if share is not None]
@@ -414,7 +415,10 @@ def row_of(name: str, budget: str, work: Path, threads: int) -> dict[str, Any]:
     return row | {
         "teacher": metrics["teacher"],
         "student": metrics["student"],
+        "stages": metrics["stages"],
         "decisions": metrics["decisions"],
+        "notes": metrics["notes"],
+        "tuning_steps": metrics["tuning_steps"],
         "search": metrics["latency_search"],
         "inputs": metrics["run"]["images"],
         "decomposable": share / metrics["teacher"]["macs"],
@@ -430,6 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--budgets", nargs="+", default=["latency=0.8", "latency=0.6"])
+    parser.add_argument("--tune", nargs="+", default=["0"], help="0: closed form; 5m: tuned for five minutes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=None, help="where files between the steps are kept")
     parser.add_argument("--one", action="store_true", help="stop after one new row")
@@ -446,14 +451,15 @@ def main() -> None:
         work = options.work or Path(place)
         work.mkdir(parents=True, exist_ok=True)
         for name in options.only:
-            for budget in options.budgets:
-                if any((row["model"], row["budget"]) == (name, budget) for row in rows):
+            for budget, tune in product(options.budgets, options.tune):
+                if any((row["model"], row["budget"], row.get("tune", "0")) == (name, budget, tune) for row in rows):
                     continue
-                row = row_of(name, budget, work, options.threads)
+                row = row_of(name, budget, tune, work, options.threads)
                 rows.append(row)
                 path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
                 student = row.get("student", {})
-                print(name, budget, row.get("refused") or (student["relative_error"], row["in_common"]), flush=True)
+                said = row.get("refused") or (student["relative_error"], row["in_common"])
+                print(name, budget, tune, said, flush=True)
                 if options.one:
                     return
 

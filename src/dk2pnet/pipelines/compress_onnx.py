@@ -41,8 +41,11 @@ from dk2pnet.pipelines.feeds import Feeds, array_feeds, example_feed, image_feed
 from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
 from dk2pnet.pipelines.inputs import Network, Progress, environment, silent
 from dk2pnet.pipelines.speed import Spent, spend_latency
+from dk2pnet.pipelines.tune import tuning_of
+from dk2pnet.pipelines.tune_onnx import Tuned, tune_onnx
 from dk2pnet.plan import Budget, Plan
 from dk2pnet.report.page import write_page
+from dk2pnet.training.whitened import whitening_of
 
 __all__ = ["OnnxResult", "compress_onnx"]
 
@@ -73,6 +76,7 @@ def compress_onnx(
     calibration_images: int = 2000,
     memory: float = 2.0,
     rebuild: bool = True,
+    tune: str | int | None = None,
     seed: int = 0,
     threads: int | None = None,
     target: str = "onnxruntime",
@@ -96,6 +100,8 @@ def compress_onnx(
         images, for a graph whose one input is ``(B, C, H, W)``
     normalize, input_size : of images; the size where the graph leaves it open
     calibration_images : samples to use at most; a fifth of them only decides
+    tune : as in `compress`; needs the extra ``onnx-tuning`` and a graph with one input ``(B, C, H, W)``, else there is
+        only the closed form, and a sentence says so
 
     Raises
     ------
@@ -113,6 +119,7 @@ def compress_onnx(
         "calibration_images": calibration_images,
         "memory": memory,
         "rebuild": rebuild,
+        "tune": tune,
         "normalize": normalize,
         "data_dir": data_dir,
         "input_size": input_size,
@@ -141,6 +148,7 @@ def compress_onnx(
     samples = single.samples
     _measure_sites(network, shapes, samples)
     total_macs, total_parameters = network.macs(shapes) // samples, network.parameters
+    tuning = tuning_of(tune, epochs=0, images=feeds, macs=total_macs)
     judge = None if feeds is None else _Judge(network, feeds, threads)
 
     with MomentStore() as store:
@@ -188,24 +196,46 @@ def compress_onnx(
         progress("solving", 0, len(replaced))
         with clock("solve"):
             factors = solve_layers(replaced, open_sites, store, criterion, progress)
-    layers = {name: layer_of(open_sites[name], found) for name, found in factors.items()}
-    decisions: list[dict[str, Any]] = []
-    if judge is not None and layers:
-        assert feeds is not None
-        layers = _corrected(
-            network,
-            layers,
-            replaced,
-            feeds,
-            judge,
-            rebuild,
-            int(memory * 2**30),
-            seed,
-            threads,
-            decisions,
-            clock,
-            progress,
-        )
+        layers = {name: layer_of(open_sites[name], found) for name, found in factors.items()}
+        decisions: list[dict[str, Any]] = []
+        if judge is not None and layers:
+            assert feeds is not None
+            layers = _corrected(
+                network,
+                layers,
+                replaced,
+                feeds,
+                judge,
+                rebuild,
+                int(memory * 2**30),
+                seed,
+                threads,
+                decisions,
+                clock,
+                progress,
+            )
+        stages: list[dict[str, Any]] = []
+        tuned = Tuned(said=tuning.said)
+        if layers and tuning.wanted:
+            assert judge is not None
+            assert feeds is not None
+            with clock("tune"):
+                tuned = tune_onnx(
+                    network,
+                    layers,
+                    plan,
+                    {name: whitening_of(layer, _inputs(store, name, criterion)) for name, layer in layers.items()},
+                    feeds,
+                    judge.of_example(),
+                    tuning,
+                    judge.error(_folded(network, layers)),
+                    seed=seed,
+                    decisions=decisions,
+                    progress=progress,
+                )
+            if tuned.layers is not None:
+                stages = [judge.stage(_folded(network, layers), "closed form", network.proto)]
+                layers = tuned.layers
     if not forms:
         with clock("choosing forms"):
             table = LatencyTable(target, threads, progress=lambda done, of: progress("timing layers", done, of))
@@ -215,7 +245,7 @@ def compress_onnx(
     with clock("rewrite"):
         result = rewrite(network, layers, forms)
         content, difference = _proven(result, network, layers, single, threads)
-    metrics = _metrics(network, result, plan, judge, layers, decisions, search)
+    metrics = _metrics(network, result, plan, judge, layers, decisions, search, stages, tuned)
     metrics["student"]["onnx_difference"] = difference
     metrics["run"] = {
         "command": command or "dk2pnet.pipelines.compress_onnx.compress_onnx(...)",
@@ -388,7 +418,7 @@ def _corrected(
     progress: Progress,
 ) -> dict[str, DKConv2d]:
     """The layers of the reconstruction, else those with corrected biases, else as they were: what comes closest."""
-    before = judge.error(rewrite(network, layers, dict.fromkeys(layers, "folded")))
+    before = judge.error(_folded(network, layers))
     for what, of in (("layer-by-layer reconstruction", counts), ("bias correction", None)):
         if of is not None and not rebuild:
             continue
@@ -410,7 +440,7 @@ def _corrected(
                     | {"measure": "relative squared error"}
                 )
                 break
-            after = judge.error(rewrite(network, better, dict.fromkeys(better, "folded")))
+            after = judge.error(_folded(network, better))
         decisions.append(
             {
                 "what": what,
@@ -431,7 +461,7 @@ def _proven(
     """The new file's content, and how far it is from the same graph with the folded weights (relative)."""
     content = result.SerializeToString()
     onnx.checker.check_model(content)
-    reference = rewrite(network, layers, dict.fromkeys(layers, "folded"))
+    reference = _folded(network, layers)
     names = network.outputs
     expected, found = (tensors_of(proto, names, threads)(single) for proto in (reference, result))
     worst = 0.0
@@ -468,6 +498,11 @@ class _Judge:
         run = tensors_of(proto, self.names, self.threads)
         return [[found[name] for name in self.names] for found in map(run, self.feeds.held_out)]
 
+    def of_example(self) -> dict[str, np.ndarray]:
+        """What the original makes of the first batch of the inputs that are gathered from."""
+        found = tensors_of(self.network.proto, self.names, self.threads)(self.feeds.example)
+        return {name: found[name] for name in self.names}
+
     def errors(self, proto: ModelProto) -> dict[str, float]:
         """By output: the squared error relative to the output's energy, 1 where the shapes differ."""
         found = self._run(proto)
@@ -486,8 +521,12 @@ class _Judge:
         return sum(errors.values()) / max(len(errors), 1)
 
     def stage(self, proto: ModelProto, name: str, teacher: ModelProto) -> dict[str, Any]:
-        """A stage of the report: accuracy where there are labels, agreement where there are class scores."""
+        """A stage of the report: errors, accuracy where there are labels, agreement where there are class scores."""
         figures: dict[str, Any] = {"name": name, "accuracy": None, "agreement": None}
+        if proto is not teacher:
+            errors = self.errors(proto)
+            figures["relative_error"] = 100 * math.sqrt(sum(errors.values()) / max(len(errors), 1))
+            figures["relative_errors"] = {name: 100 * math.sqrt(error) for name, error in errors.items()}
         first = self.expected[0][0]
         scores = len(self.names) == 1 and self.names == self.network.outputs and first.ndim == 2 and first.shape[1] > 1
         if not scores or not isinstance(first, np.ndarray):
@@ -560,28 +599,40 @@ def _metrics(
     layers: Mapping[str, DKConv2d],
     decisions: list[dict[str, Any]],
     search: list[dict[str, float]],
+    before: Sequence[dict[str, Any]],
+    tuned: Tuned,
 ) -> dict[str, Any]:
+    """`before`: the stages of a student that was tuned, but for the last one."""
+    name = "closed form" if tuned.layers is None else "tuned"
     teacher: dict[str, Any] = {"name": "teacher", "accuracy": None, "agreement": None}
-    student: dict[str, Any] = {"name": "closed form", "accuracy": None, "agreement": None}
+    student = teacher | {"name": name}
     if judge is not None:
         teacher = judge.stage(network.proto, "teacher", network.proto)
-        student = judge.stage(result, "closed form", network.proto)
-        errors = judge.errors(result)
-        student["relative_error"] = 100 * math.sqrt(sum(errors.values()) / max(len(errors), 1))
-        student["relative_errors"] = {name: 100 * math.sqrt(error) for name, error in errors.items()}
+        student = judge.stage(result, name, network.proto)
     biases = sum(layer.bias is not None and _conv_of(network, name).bias is None for name, layer in layers.items())
     metrics: dict[str, Any] = {
         "teacher": {**teacher, "parameters": plan.parameters_dense, "macs": plan.macs_dense},
         "student": {**student, "parameters": plan.parameters, "macs": plan.macs},
-        "stages": [teacher, student],
+        "stages": [teacher, *before, student],
         "layers": [layer_figures(layer) | {"form": layer.form} for layer in plan.layers],
         "decisions": decisions,
         "latency_search": search,
+        "tuning_steps": tuned.steps,
+        "notes": [tuned.said] * bool(tuned.said),
         "biases_added": biases,
     }
     for side in ("teacher", "student"):
         del metrics[side]["name"]
     return metrics
+
+
+def _folded(network: OnnxNetwork, layers: Mapping[str, DKConv2d]) -> ModelProto:
+    return rewrite(network, layers, dict.fromkeys(layers, "folded"))
+
+
+def _inputs(store: MomentStore, name: str, criterion: str) -> Tensor | None:
+    """Second moments of a layer's input patches, where they were gathered."""
+    return store[name].A() if CRITERIA[criterion][0] else None
 
 
 def _conv(site: OnnxConvolution) -> nn.Conv2d:

@@ -25,6 +25,7 @@ from dk2pnet.data import Normalization
 from dk2pnet.errors import InputError, Refused
 from dk2pnet.measure import Predictions, divergence, predict
 from dk2pnet.pipelines.closed_form import Solved, keep_better, measure_of, renormalized
+from dk2pnet.pipelines.feeds import Feeds
 from dk2pnet.pipelines.fit import fit
 from dk2pnet.pipelines.folders import write_json
 from dk2pnet.pipelines.images import Images
@@ -66,7 +67,7 @@ class Tuning:
         return self.steps > 0 or self.seconds is not None
 
 
-def tuning_of(tune: str | int | None, *, epochs: int, images: Images | None, macs: int) -> Tuning:
+def tuning_of(tune: str | int | None, *, epochs: int, images: Images | Feeds | None, macs: int) -> Tuning:
     """What ``--tune`` asks for; None (or ``auto``) is 150 steps where they are cheap and there are images enough.
 
     `macs`: of the teacher, for one image.
@@ -193,7 +194,7 @@ class Tuner:
 
     def _train(self, student: nn.Module, solved: Solved, steps: int, folder: Path | None) -> None:
         options = replace(self.options, steps=steps)
-        if options.method != "kd" and not find_pairs(student, self.teacher, self.example):
+        if options.method != "kd" and not options.hints and not find_pairs(student, self.teacher, self.example):
             options = replace(options, method="kd", distill=1.0)  # no feature maps: the outputs alone teach
         with _without_dropout(student):
             fit(

@@ -53,7 +53,10 @@ def write_page(metrics: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         "page.html",
         summary=_summary(metrics),
         comparison=comparison_rows(metrics),
-        stages=[(s["name"], percent(s.get("accuracy")), percent(s.get("agreement"))) for s in metrics["stages"]],
+        stages=[
+            (s["name"], *(percent(s.get(key)) for key in ("accuracy", "agreement", "relative_error")))
+            for s in metrics["stages"]
+        ],
         decisions=[
             (d["what"], d["measure"], _number(d["before"]), _number(d["after"]), "kept" if d["kept"] else "not kept")
             for d in metrics.get("decisions", ())
