@@ -233,6 +233,8 @@ def compress_onnx(
                     decisions=decisions,
                     progress=progress,
                 )
+            if tuned.steps:
+                asked["tune"] = tuned.steps
             if tuned.layers is not None:
                 stages = [judge.stage(_folded(network, layers), "closed form", network.proto)]
                 layers = tuned.layers
