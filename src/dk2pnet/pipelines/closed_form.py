@@ -41,6 +41,8 @@ __all__ = ["ClosedForm", "Solved", "keep_better", "measure_of", "renormalized", 
 
 # Where not all images fit into memory at once, the layer-by-layer reconstruction makes do with so many of them.
 _RECONSTRUCTION_IMAGES = 256
+# Tuning estimates batch norm itself: where it comes next, so many images give the figures of its start.
+_START_IMAGES = 512
 
 
 @dataclass
@@ -175,7 +177,7 @@ class ClosedForm:
         set_form(student, "folded")
         solved = Solved(student, plan, search=search)
         if replaced and self.images is not None:
-            self._correct(solved, factors, replaced, rebuild=self.rebuild and not whiten)
+            self._correct(solved, factors, replaced, tuned_next=whiten)
         if whiten:
             with self.clock("whiten"):
                 modules = dict(solved.student.named_modules(remove_duplicate=False))
@@ -187,13 +189,14 @@ class ClosedForm:
         return solved
 
     def _correct(
-        self, solved: Solved, factors: Mapping[str, Factors], counts: Mapping[str, Tensor], rebuild: bool
+        self, solved: Solved, factors: Mapping[str, Factors], counts: Mapping[str, Tensor], tuned_next: bool
     ) -> None:
-        """Reconstruction, then batch norm or biases; each is kept where it brings the student closer."""
+        """Reconstruction (not before tuning), then batch norm or biases; each is kept where it brings the student
+        closer."""
         assert self.images is not None
         assert self.teacher_held is not None
-        device, held = self.example.device, self.images.held_out
-        if rebuild and CRITERIA[self.criterion][0]:
+        device, held, gather = self.example.device, self.images.held_out, self.images.gather
+        if self.rebuild and not tuned_next and CRITERIA[self.criterion][0]:
             with self.clock("reconstruct"):
                 better = self._reconstructed(solved.plan, factors, counts)
             solved.student = keep_better(
@@ -207,10 +210,12 @@ class ClosedForm:
             )
         with self.clock("correct"):
             if has_batch_norm(solved.student):
-                solved.student = renormalized(solved.student, self.teacher_held, self.images, device, solved.decisions)
+                if tuned_next:
+                    gather = Part(gather, 0, _START_IMAGES)
+                solved.student = renormalized(solved.student, self.teacher_held, gather, held, device, solved.decisions)
             else:
                 corrected = copy_model(solved.student)
-                correct_biases(corrected, self.teacher, [site.name for site in self.sites], self.images.gather, device)
+                correct_biases(corrected, self.teacher, [site.name for site in self.sites], gather, device)
                 solved.student = keep_better(
                     "bias correction", solved.student, corrected, self.teacher_held, held, device, solved.decisions
                 )
@@ -299,16 +304,17 @@ def keep_better(
 def renormalized(
     student: nn.Module,
     teacher_held: Predictions,
-    images: Images,
+    batches: Batches,
+    held_out: Batches,
     device: torch.device,
     decisions: list[dict[str, Any]],
     when: str = "",
 ) -> nn.Module:
-    """The student with its batch norm re-estimated on the calibration images, where that brings it closer."""
+    """The student with its batch norm re-estimated on `batches`, where that brings it closer on `held_out`."""
     corrected = copy_model(student)
-    reestimate_batch_norm(corrected, images.gather, device)
+    reestimate_batch_norm(corrected, batches, device)
     what = f"batch-norm re-estimation {when}".rstrip()
-    return keep_better(what, student, corrected, teacher_held, images.held_out, device, decisions)
+    return keep_better(what, student, corrected, teacher_held, held_out, device, decisions)
 
 
 def solved_once(folder: Path, teacher: nn.Module, clock: Clock, solve: Callable[[], Solved]) -> Solved:

@@ -164,7 +164,8 @@ class Tuner:
             solved.decisions.append(decision | {"measure": measure_of(self.teacher_held)})
             return None
         if has_batch_norm(tuned):
-            tuned = renormalized(tuned, self.teacher_held, self.images, device, solved.decisions, "after tuning")
+            gather = self.images.gather
+            tuned = renormalized(tuned, self.teacher_held, gather, held, device, solved.decisions, "after tuning")
         kept = keep_better("tuning", solved.student, tuned, self.teacher_held, held, device, solved.decisions)
         return tuned if kept is tuned else None
 
