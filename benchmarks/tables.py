@@ -345,6 +345,8 @@ def peers(model: str) -> Callable[[], str]:
 def third_party() -> str:
     rows = []
     for row in read("third-party")["rows"]:
+        if row.get("tune", "0") != "0":
+            continue
         name = f"{row['package']}: {row['what']}"
         if "refused" in row:
             rows.append((name, row["budget"], *["–"] * 6, row["refused"]))
@@ -376,6 +378,75 @@ def third_party() -> str:
         "in the package",
     )
     return markdown_table(header, rows)
+
+
+def third_party_tuned() -> str:
+    """The same network before and after tuning."""
+    rows = []
+    for row in read("third-party")["rows"]:
+        if row.get("tune", "0") == "0" or "refused" in row:
+            continue
+        errors = {stage["name"]: stage["relative_error"] for stage in row["stages"] if "relative_error" in stage}
+        teacher, student = row["teacher"], row["student"]
+        rows.append(
+            (
+                f"{row['package']}: {row['what']}",
+                row["budget"],
+                f"{student['latency_ms'] / teacher['latency_ms']:.3f}",
+                f"{errors['closed form']:.2f} %",
+                f"{errors['tuned']:.2f} %" if "tuned" in errors else "not kept",
+                f"{row['tuning_steps']:,}",
+                f"{row['seconds'].get('tune', 0.0) / 60:.1f}",
+                f"{100 * row['in_common']:.0f} % of {row['measure']}",
+            )
+        )
+    header = ("model", "budget", "time", "error, closed form", "tuned", "steps", "minutes", "in the package, tuned")
+    return markdown_table(header, sorted(rows))
+
+
+def peers_tuned(model: str) -> Callable[[], str]:
+    """Each method at its own best of learning rate and batch norm, by validation agreement."""
+
+    def table() -> str:
+        data = read(f"peers_tuned-{model}")
+        found: dict[tuple, list[dict]] = {}
+        for row in data["rows"]:
+            found.setdefault((row["budget"], row["method"]), []).append(row)
+        rows = []
+        for (budget, method), group in found.items():
+            tuned = [row for row in group if row["lr"]]
+            if len(tuned) < 3:  # the search is not at its end
+                continue
+            start = next(row for row in group if not row["lr"])
+            best = max(tuned, key=lambda row: row["validation_agreement"])
+            rows.append(
+                (
+                    (-budget, -best["validation_agreement"]),
+                    f"{budget:g}",
+                    method,
+                    f"{best['macs_kept']:.3f}",
+                    f"{best['parameters']:,}",
+                    f"{start['accuracy']:.2f}",
+                    f"{best['lr']:g}",
+                    best["bn"],
+                    f"{best['validation_agreement']:.2f}",
+                    f"{best['accuracy']:.2f}",
+                )
+            )
+        header = (
+            "budget",
+            "method",
+            "MACs kept",
+            "parameters",
+            "before %",
+            "rate",
+            "batch norm",
+            "validation agreement %",
+            "tuned %",
+        )
+        return markdown_table(header, [row[1:] for row in sorted(rows)])
+
+    return table
 
 
 def hostile() -> str:
@@ -496,6 +567,8 @@ def explored_times(model: str) -> Callable[[], str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "third-party": third_party,
+    "third-party-tuned": third_party_tuned,
+    "peers_tuned-resnet32": peers_tuned("resnet32"),
     "hostile-onnx": hostile,
     "demo": demo,
     "criteria-resnet32": criteria("resnet32"),
