@@ -34,16 +34,19 @@ def _moments(site: Convolution, store: MomentStore | None, criterion: str) -> tu
 
 
 def energies_of(site: Convolution, store: MomentStore | None, criterion: str) -> Tensor:
-    """Energies of the candidate kernels, comparable between layers: `loss` is so by construction, the others are
-    divided by the energy of the layer."""
+    """Energies of the candidate kernels, comparable between layers: divided by the energy of the layer.
+
+    `loss`: the geometric mean of these and of what the loss makes of them. The loss alone sees every error where it
+    arises, as if nothing behind it made up for it, which the reconstruction and tuning do (docs/method.md).
+    """
     conv = site.module
     assert isinstance(conv, nn.Conv2d)
     A, B = _moments(site, store, criterion)
-    energies = spectrum(conv.weight, A, B, conv.groups)
-    if criterion != "loss":
-        W = conv.weight.detach().double().cpu().view(conv.groups, -1, conv.weight[0].numel())
-        total = float((W * (W if A is None else W @ A)).sum())
-        energies = energies / max(total, 1e-300)
+    W = conv.weight.detach().double().cpu().view(conv.groups, -1, conv.weight[0].numel())
+    total = float((W * (W if A is None else W @ A)).sum())
+    energies = spectrum(conv.weight, A, None, conv.groups) / max(total, 1e-300)
+    if criterion == "loss":
+        energies = (energies * spectrum(conv.weight, A, B, conv.groups)).sqrt()
     return energies
 
 
