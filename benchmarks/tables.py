@@ -415,7 +415,7 @@ def peers_tuned(model: str) -> Callable[[], str]:
         rows = []
         for (budget, method), group in found.items():
             tuned = [row for row in group if row["lr"]]
-            if len(tuned) < 3:  # the search is not at its end
+            if not any(row["bn"] == "frozen" for row in tuned):  # the search is not at its end
                 continue
             start = next(row for row in group if not row["lr"])
             best = max(tuned, key=lambda row: row["validation_agreement"])
@@ -492,7 +492,9 @@ def tuning(model: str) -> Callable[[], str]:
 
 def tuning_losses(model: str) -> Callable[[], str]:
     def table() -> str:
-        found = sorted(read(f"tuning-losses-{model}")["rows"], key=lambda row: (row["budget"], -row["accuracy"]))
+        found = sorted(
+            read(f"tuning-losses-{model}")["rows"], key=lambda row: (row["budget"], -row["validation_agreement"])
+        )
         rows = [
             (
                 row["budget"],
@@ -591,6 +593,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "int8-layers": int8_layers("resnet32"),
     "tuning-resnet32": tuning("resnet32"),
     "tuning-resnet44": tuning("resnet44"),
+    "tuning-resnet32-before": tuning("resnet32-before"),
+    "tuning-resnet44-before": tuning("resnet44-before"),
     "tuning-losses-resnet32": tuning_losses("resnet32"),
     "tuning-losses-resnet32-reconstructed": tuning_losses("resnet32-reconstructed"),
     "large-tuning": large_tuning,
