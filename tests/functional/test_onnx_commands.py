@@ -52,6 +52,19 @@ def test_a_network_for_images_from_a_bare_shell(place):
     assert f"{student['relative_error']:.2f} % (root mean square, relative)" in page
 
 
+def test_tuned_from_the_command_line(place):
+    pytest.importorskip("onnx2fx", reason="the extra onnx-tuning is not installed (it needs Python 3.11)")
+    options = ["--model", "teacher/model.onnx", "--data", "digits", "--budget", "kernels=1", "--threads", 1]
+    answer = works(here, "compress", *options, "--tune", 40, "--out", "tuned", cwd=place)
+    assert "tuning: relative squared error" in answer.out or "tuning: KL(teacher || student)" in answer.out
+    works(here, "compress", *options, "--tune", 0, "--out", "untuned", cwd=place)
+    tuned, untuned = (figures(place / name) for name in ("tuned", "untuned"))
+    assert tuned["tuning_steps"] == 40
+    assert [stage["name"] for stage in tuned["stages"]] == ["teacher", "closed form", "tuned"]
+    assert tuned["student"]["agreement"] >= untuned["student"]["agreement"]
+    assert tuned["student"]["macs"] == untuned["student"]["macs"]
+
+
 def test_its_recipe_repeats_the_run(place):
     options = ["--model", "teacher/model.onnx", "--data", "digits", "--budget", "kernels=2", "--threads", 1]
     works(here, "compress", *options, "--calibration-images", 100, "--out", "one", cwd=place)

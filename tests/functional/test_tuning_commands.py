@@ -124,9 +124,13 @@ BAD = {
         ["compress", "--model", "teacher/model.onnx", "--data", "digits", "--budget", "drop=1"],
         ["drop=1", ".onnx"],
     ),
-    "tuning of an ONNX file": (
-        ["compress", "--model", "teacher/model.onnx", "--data", "digits", "--tune", 5],
-        ["--tune", ".onnx"],
+    "tuning of an ONNX file without images": (
+        ["compress", "--model", "teacher/model.onnx", "--criterion", "weight", "--tune", 5, "--input-size", 32],
+        ["--tune 5", "no images", "--tune 0"],
+    ),
+    "a time that is none for an ONNX file": (
+        ["compress", "--model", "teacher/model.onnx", "--data", "digits", "--tune", "soon"],
+        ["soon", "150", "2m"],
     ),
 }
 
