@@ -107,7 +107,7 @@ def reconstruct(
             for site in order:
 
                 def replace_first(module: nn.Conv2d, args: tuple[Tensor, ...], name: str = site.name) -> None:
-                    samples = _Samples(module)
+                    samples = _Samples()
                     other = run.other(name, 0, positions, seed)
                     samples.add(module, args[0], 0, positions, seed)
                     solve(name, samples, targets.pop(name), other)
@@ -157,7 +157,7 @@ class _Runner:
 class _Samples:
     """The student's input patches of one layer at the sampled positions, ``(n, G, C q)``."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self) -> None:
         self.parts: list[Tensor] = []
 
     def add(self, conv: nn.Conv2d, x: Tensor, first: int, positions: int, seed: int) -> None:
@@ -330,7 +330,7 @@ def _gather_until(
     device: torch.device | str,
 ) -> tuple[_Samples, Tensor | None]:
     assert isinstance(conv, nn.Conv2d)
-    samples, others = _Samples(conv), []
+    samples, others = _Samples(), []
     done = 0
 
     def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:

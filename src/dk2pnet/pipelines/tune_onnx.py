@@ -102,7 +102,7 @@ def tune_onnx(
 def rate_for(error: float) -> float:
     """The learning rate: a step in the whitened form moves a response by about the rate, relative to its size.
 
-    So a start that is close already needs small steps: at 1e-2 a detector with an error of 2 % only became worse.
+    So a start that is close already needs small steps: at the usual rate it only becomes worse.
     """
     return min(max(_SHARE * math.sqrt(error), _LOWEST), OPTIONS.learning_rate)
 
