@@ -1,10 +1,11 @@
 """What a training step costs: every method beside KD, and every recipe (precision, layout, torch.compile).
 
-    python benchmarks/steps.py [--threads 2] [--rounds 8] [--only methods recipes memory augmentation]
+    python benchmarks/steps.py [--threads 2] [--rounds 8] [--only methods recipes forms memory augmentation]
 
 Arms take turns in one process, a few steps at a time; ratios of medians over all steps but the first two of a turn.
 ResNet-32 with DK layers beside the dense one (random weights, two kernels per channel, batches of 128 random 32 x 32
-images). Peak memory (Linux) is that of a process of its own. Writes benchmarks/results/steps.json.
+images). `forms`: DK²PNets (one kernel per channel) trained folded, as branches, and as the trainer chooses by the width
+of each layer. Peak memory (Linux) is that of a process of its own. Writes benchmarks/results/steps.json.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ RECIPES = {  # precision, layout, torch.compile
     "bf16, channels last": ("bf16", torch.channels_last, False),
     "bf16, channels last, compiled": ("bf16", torch.channels_last, True),
 }
+SEPARATE = {"folded": 10**9, "as chosen": trainer._SEPARATE, "branches": 0}  # channels from which a layer has branches
+STUDENTS = ("dk2pnet-8x16", "dk2pnet-14x16", "dk2pnet-20x32", "dk2pnet-32x32")
 NETWORKS = {"resnet20": (128, 32), "resnet32 with DK layers, KP + KD": (128, 32), "torchvision/resnet18": (32, 96)}
 
 
@@ -137,6 +140,24 @@ def recipes(rounds: int) -> list[dict]:
     return rows
 
 
+def forms(rounds: int) -> list[dict]:
+    rows, data = [], batches(128, 32)
+    options = TrainingOptions(epochs=1, learning_rate=1e-3)
+    for name in STUDENTS:
+        student = make_network(name)
+
+        def arm(least: int, student: nn.Module = student) -> Callable[[], list[float]]:
+            def turns() -> list[float]:
+                with mock.patch.object(trainer, "_SEPARATE", least):
+                    return turn(student, None, options, torch.channels_last, data)
+
+            return turns
+
+        times = interleaved({form: arm(least) for form, least in SEPARATE.items()}, rounds)
+        rows += [{"network": name, **row} for row in compared(times, "folded", 128)]
+    return rows
+
+
 def memory() -> list[dict]:
     """Peak memory of a process that trains by a method, for `METHODS`."""
     rows = []
@@ -174,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
-    parts = {"methods": methods, "recipes": recipes, "memory": None, "augmentation": None}
+    parts = {"methods": methods, "recipes": recipes, "forms": forms, "memory": memory, "augmentation": augmentation}
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--peak", choices=METHODS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -186,10 +207,7 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.exists() else {}
     for part in options.only:
         print(part, flush=True)
-        if part in ("methods", "recipes"):
-            rows = (methods if part == "methods" else recipes)(options.rounds)
-        else:
-            rows = memory() if part == "memory" else augmentation()
+        rows = parts[part](options.rounds) if part in ("methods", "recipes", "forms") else parts[part]()
         result[part] = {"rows": rows, **environment(device)}
         print(json.dumps(rows, indent=1), flush=True)
         RESULTS.mkdir(exist_ok=True)

@@ -154,6 +154,17 @@ def recipes() -> str:
     return markdown_table((f"network ({machine('recipes')})", *names), table)
 
 
+def forms() -> str:
+    rows = read("steps")["forms"]["rows"]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    cells = {(row["network"], row["name"]): row for row in rows}
+    table = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        found = [cells[network, name] for name in names]
+        table.append((network, *[f"{1 / row['ratio']:.2f}x ({row['images_per_second']:.0f}/s)" for row in found]))
+    return markdown_table((f"network ({machine('forms')})", *names), table)
+
+
 def processes() -> str:
     data = read("processes")
     rows = [
@@ -581,6 +592,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training-resnet44": training("resnet44"),
     "methods": methods,
     "recipes": recipes,
+    "forms": forms,
     "processes": processes,
     "kills": kills,
     "scratch": scratch,

@@ -16,6 +16,7 @@ __all__ = [
     "explore",
     "load_student",
     "plain_model",
+    "reproduce",
     "save_student",
     "set_form",
 ]
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> object:
         from dk2pnet.pipelines import explore as explore_module
 
         return explore_module.explore
+    if name == "reproduce":
+        from dk2pnet.pipelines import reproduce as reproduce_module
+
+        return reproduce_module.reproduce
     if name in ("load_student", "save_student"):
         from dk2pnet import student
 

@@ -58,8 +58,8 @@ def _read_recipe(context: typer.Context, value: Path | None) -> Path | None:
 Model = Annotated[
     str,
     typer.Option(
-        help="resnet20 ... resnet110, vgg8, lenet, torchvision/NAME, timm/NAME, FILE.py:FUNCTION, an OUT folder, or "
-        "(compress) an .onnx file."
+        help="resnet20 ... resnet110, vgg8, lenet, dk2pnet-20x32 (depth x width), torchvision/NAME, timm/NAME, "
+        "FILE.py:FUNCTION, an OUT folder, or (compress) an .onnx file."
     ),
 ]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")]
@@ -366,6 +366,7 @@ def train(
     alpha: Annotated[float, typer.Option(help="Weight of the softened logits; the labels have the rest.")] = 0.9,
     tau: Annotated[float, typer.Option(help="Temperature of the softened logits.")] = 4.0,
     beta: Annotated[float | None, typer.Option(help="Weight of each hint; each method has its own.")] = None,
+    beta_end: Annotated[float, typer.Option(help="What is left of that weight at the end, to which it falls.")] = 1.0,
     kp_tau: Annotated[float, typer.Option(help="Temperature of KP.")] = 1.0,
     pre_regressor: Annotated[
         bool, typer.Option("--pre-regressor", help="A pre-regressor at every hint, also where channels agree.")
@@ -398,6 +399,7 @@ def train(
         alpha=alpha,
         tau=tau,
         beta=beta,
+        beta_end=beta_end,
         kp_tau=kp_tau,
         pre_regressor=pre_regressor,
         precision=precision,
@@ -436,6 +438,54 @@ def train(
     test = "no test split" if figures["accuracy"] is None else f"test accuracy {figures['accuracy']:.2f} %"
     console.print(f"{test}, validation accuracy {figures['validation_accuracy']:.2f} %", highlight=False)
     console.print(f"Written to {out}")
+
+
+@app.command()
+def reproduce(
+    context: typer.Context,
+    data: Annotated[str, typer.Argument(help="mnist, cifar10, cifar100, svhn, svhn_10k, digits, or as --data.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs; a second call adds to it.")],
+    student: Annotated[
+        str | None, typer.Option(help="A network by name, such as dk2pnet-20x32 (depth x width).")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A trained network (OUT folder, or a name with its weights) in place of our own.")
+    ] = None,
+    teacher_weights: Annotated[str | None, typer.Option(help="Weights of that teacher, as --weights.")] = None,
+    normalize: Normalize = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="labels, kd, fitnets, euclidean+kd, at, kp or kp+kd. Repeatable. Without: all."),
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Without: 0, 1 and 2.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of every student.")] = None,
+    teacher_epochs: Annotated[int | None, typer.Option(help="Of our own teacher.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--lr", help="Highest learning rate.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The same path in a minute or two, on small networks.")
+    ] = False,
+    precision: Precision = "auto",
+    checkpoint_every: CheckpointEvery = 60.0,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Repeat the paper's experiment on a data set: teacher, student, every method; a table that grows over days."""
+    from dk2pnet.pipelines.reproduce import reproduce as run
+    from dk2pnet.report.reproduction import REPRODUCTION_HEADER, paired_sentence, reproduction_rows
+    from dk2pnet.report.tables import rich_table
+
+    options = {**context.params, "methods": methods or (), "seeds": seeds or (0, 1, 2)}
+    with _progress() as progress:
+        results = run(**options, command=_command(), progress=progress)
+    if not is_main():
+        return
+    console.print(rich_table(data, REPRODUCTION_HEADER, reproduction_rows(results)))
+    if results["paired"]:
+        console.print(paired_sentence(results), highlight=False, soft_wrap=True)
+    for command in results["continue"]:
+        console.print(f"Not run yet: {command}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Written to {out}: results.md, results.json, figure.svg")
 
 
 @app.command()

@@ -29,7 +29,7 @@ from torch.nn.parameter import is_lazy
 
 from dk2pnet.data import Normalization
 from dk2pnet.errors import InputError
-from dk2pnet.nets import NETS
+from dk2pnet.nets import NETS, net_named
 
 __all__ = ["check_finite", "default_input_size", "default_normalization", "load_weights", "make_network"]
 
@@ -42,7 +42,8 @@ _EXPECTED = "a .safetensors, .pt, .pth, .th or .bin file"
 def make_network(
     name: str, *, num_classes: int | None = None, in_channels: int | None = None, pretrained: bool = False
 ) -> nn.Module:
-    """Make a network: one of `nets.NETS`, ``torchvision/NAME``, ``timm/NAME`` or ``FILE.py:FUNCTION``.
+    """Make a network: one of `nets.NETS`, ``dk2pnet-DEPTHxWIDTH``, ``torchvision/NAME``, ``timm/NAME`` or
+    ``FILE.py:FUNCTION``.
 
     None stands for the library's default (10 classes and 3 channels for ours, 1,000 classes for torchvision).
     `pretrained` asks torchvision or timm for their published weights, which needs a connection.
@@ -57,14 +58,15 @@ def make_network(
         return _torchvision(model, num_classes, in_channels, pretrained)
     if library == "timm" and model:
         return _timm(model, num_classes, in_channels, pretrained)
-    if name not in NETS:
+    make = net_named(name)
+    if make is None:
         raise InputError(
-            f"network {name!r} is not known; expected {', '.join(NETS)}, torchvision/NAME, timm/NAME, FILE.py:FUNCTION "
-            f"or a folder that dk2pnet wrote{_hint(name)}"
+            f"network {name!r} is not known; expected {', '.join(NETS)}, dk2pnet-DEPTHxWIDTH, torchvision/NAME, "
+            f"timm/NAME, FILE.py:FUNCTION or a folder that dk2pnet wrote{_hint(name)}"
         )
     if pretrained:
         raise InputError(f"there are no published weights for {name!r}; give a file with --weights")
-    return NETS[name](**_given(num_classes=num_classes, in_channels=in_channels))
+    return make(**_given(num_classes=num_classes, in_channels=in_channels))
 
 
 def _hint(name: str) -> str:

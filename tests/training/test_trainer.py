@@ -103,6 +103,35 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(trained, method, beta):
     assert terms["loss"] == pytest.approx(0.3 * labels + 0.7 * kd + weight * hints, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("left", "weights"), [(1.0, (2, 2, 2, 2)), (0.5, (2, 1.75, 1.5, 1.25)), (0.0, (2, 1.5, 1, 0.5))]
+)
+def test_the_weight_of_the_hints_falls_linearly(trained, left, weights):
+    options = replace(OPTIONS, epochs=4, alpha=0.0, beta=2.0, beta_end=left)
+    seen = []
+    student = student_of(trained)
+    run(student, toy()[:1], options, teacher=trained, progress=lambda step, total, terms: seen.append(terms))
+    for terms, weight in zip(seen, weights, strict=True):
+        assert terms["loss"] == pytest.approx(terms["labels"] + weight * terms["hints"], rel=1e-4)
+
+
+def test_wide_layers_of_one_kernel_per_channel_are_trained_as_two_convolutions_on_a_cpu():
+    model = nn.Sequential(
+        nn.Conv2d(1, 24, 3, padding=1),
+        DKConv2d(24, 12, 3, padding=1, counts=1),
+        DKConv2d(12, 24, 3, padding=1, counts=1, form="concat"),
+        DKConv2d(24, 4, 3, padding=1, counts=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    layers, seen = [module for module in model if isinstance(module, DKConv2d)], []
+    handle = model.register_forward_hook(lambda *_: seen.append([layer.form for layer in layers]))
+    run(model, toy()[:1], replace(OPTIONS, epochs=1))
+    handle.remove()
+    assert seen == [["branches", "folded", "folded"]]
+    assert [layer.form for layer in layers] == ["branches", "concat", "branches"]
+
+
 def test_progress_gets_the_means_of_the_epoch_so_far():
     """Of data that is the same in every step, with a learning rate that changes next to nothing, all means are alike;
     of two kinds of batches in turn they go back and forth."""
@@ -448,6 +477,8 @@ def test_methods_with_a_teacher_are_refused_without(method):
         {"learning_rate": math.inf},
         {"alpha": 1.1},
         {"beta": -1.0},
+        {"beta_end": 1.5},
+        {"beta_end": -0.1},
         {"tau": 0.0},
         {"kp_tau": 0.0},
         {"precision": "fp16"},

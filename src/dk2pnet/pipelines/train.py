@@ -56,6 +56,7 @@ def train_network(
     input_size: int | None = None,
     classes: int | None = None,
     options: TrainingOptions | None = None,
+    images: int | None = None,
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
@@ -67,7 +68,8 @@ def train_network(
 
     `teacher` (a name with `teacher_weights`, or an OUT folder) teaches by the method of the options. Without
     `normalize` the images are normalised as the saved network or the teacher expects, else their own mean and standard
-    deviation are measured and saved with the network. Checkpoints and logs lie in ``OUT.unfinished`` until the run is
+    deviation are measured and saved with the network. `images`: so many of the training split, the same in every call,
+    None for all. Checkpoints and logs lie in ``OUT.unfinished`` until the run is
     done; the same call goes on from there.
     """
     options = options or TrainingOptions()
@@ -76,6 +78,8 @@ def train_network(
     training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
     if training is None or (training.labels is None and teacher is None):
         raise InputError(f"data set {data!r} has no labelled training split, which training reads; give one that has")
+    if images is not None:
+        training = training.subset(torch.arange(len(training))[:: max(1, len(training) // images)][:images])
     kept, validation = split_training(training)
     torch.manual_seed(options.seed)
     network = open_network(model, weights=weights, normalize=normalize, data=training, classes=classes)

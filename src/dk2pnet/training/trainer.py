@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dk2pnet.data import Batches
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
+from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation, is_classifier, kept_modes, outputs_of, use_form
 from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state
 from dk2pnet.training.hints import find_pairs, parse_hints
@@ -34,6 +35,7 @@ OPTIMIZERS = ("sgd", "adam")
 BATCH_NORMS = ("training", "frozen")
 _LOG_STEPS = 50  # between two lines of the log
 _LAYOUT = torch.channels_last  # convolutions run faster in it, on CPUs and GPUs
+_SEPARATE = 24  # channels from which a CPU trains one kernel per channel faster as two convolutions
 _CLIP = 5.0  # largest norm of all gradients together
 _log = logging.getLogger(__name__)
 
@@ -54,7 +56,8 @@ class TrainingOptions:
     None for KP with a teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of
     those found; ``alpha``, ``tau``: weight and temperature of distillation against the labels' cross-entropy;
     ``distill``: weight of the outputs' distillation beside the hints where images have no labels; ``beta``, ``kp_tau``:
-    weight of each hint (None: the method's own) and its temperature; ``pre_regressor``: one at every hint, also where
+    weight of each hint (None: the method's own) and its temperature; ``beta_end``: what is left of that weight at the
+    end, to which it falls linearly; ``pre_regressor``: one at every hint, also where
     channels agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
     `torch.compile`; ``checkpoint_every``: seconds.
     """
@@ -74,6 +77,7 @@ class TrainingOptions:
     distill: float = 1.0
     beta: float | None = None
     kp_tau: float = 1.0
+    beta_end: float = 1.0
     pre_regressor: bool = False
     precision: str = "auto"
     compile: bool = False
@@ -94,11 +98,13 @@ class TrainingOptions:
             and 0 <= self.alpha <= 1
             and self.distill >= 0
             and (self.beta is None or self.beta >= 0)
+            and 0 <= self.beta_end <= 1
         ):
             raise InputError(
                 f"learning rate {self.learning_rate}, weight decay {self.weight_decay}, alpha {self.alpha}, "
-                f"tau {self.tau}, distill {self.distill}, beta {self.beta}, KP tau {self.kp_tau}; expected rates and "
-                "temperatures above 0, alpha between 0 and 1, weight decay, distill and beta 0 or more"
+                f"tau {self.tau}, distill {self.distill}, beta {self.beta}, beta at the end {self.beta_end}, "
+                f"KP tau {self.kp_tau}; expected rates and temperatures above 0, alpha and beta at the end between 0 "
+                "and 1, weight decay, distill and beta 0 or more"
             )
         for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("batch_norm", BATCH_NORMS)):
             if getattr(self, name) not in known:
@@ -143,9 +149,8 @@ def train(
 
     SGD with Nesterov momentum or Adam, a warm-up and a cosine to 0, gradients clipped. The loss is the labels'
     cross-entropy, and with a `teacher` ``(1 - alpha) CE + alpha tau^2 KL(teacher || student) + beta sum hints``, the
-    hints those of the method; data without labels leaves CE out. DK layers are trained in their ``folded`` form, which
-    is fastest and gives the same gradients. Under `accelerate launch` or `torchrun` each process takes its part of
-    every batch.
+    hints those of the method; data without labels leaves CE out. DK layers are trained in the form that is fastest,
+    and all give the same gradients. Under `accelerate launch` or `torchrun` each process takes its part of every batch.
 
     Parameters
     ----------
@@ -190,6 +195,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(use_form(model, "folded"))
+        _train_form(model, device, whitenings or {})
         stack.enter_context(_fast_layout(model))
         stack.enter_context(whitened(model, whitenings or {}))
         teaching = None
@@ -245,7 +251,7 @@ def train(
                 x, y = x.to(device, memory_format=_LAYOUT), None if y is None else y.to(device)
                 stage = next(each for each in stages if step < each.stop)
                 with half:
-                    terms, loss = _loss(forward, teaching, x, y, stage, method, options)
+                    terms, loss = _loss(forward, teaching, x, y, stage, method, options, step / total)
                 names = ["loss", *terms]
                 values = dict(zip(names, torch.stack([loss, *terms.values()]).detach().tolist(), strict=True))
                 if not math.isfinite(values["loss"]):
@@ -333,6 +339,18 @@ def _fast_layout(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.to(memory_format=torch.contiguous_format)
+
+
+def _train_form(model: nn.Module, device: torch.device, whitenings: Mapping[str, Whitening]) -> None:
+    """On a CPU, wide layers of one kernel per channel as depthwise and pointwise: there faster than a folded one.
+
+    Measured by the part ``forms`` of `benchmarks/steps.py`.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, DKConv2d) or name in whitenings or device.type != "cpu":
+            continue
+        if module.branch_sizes == [module.in_channels] and module.in_channels >= _SEPARATE:
+            module.form = "branches"
 
 
 def _freeze_batch_norm(model: nn.Module) -> None:
@@ -439,8 +457,9 @@ def _loss(
     stage: _Stage,
     method: Method,
     options: TrainingOptions,
+    done: float,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms of the loss, without their weights, and their weighted sum."""
+    """The terms of the loss, without their weights, and their weighted sum; `done` of the run, 0 to 1."""
     if y is None and teaching is None:
         raise InputError("the images have no labels, which training without a teacher needs; give labelled images")
     outputs, maps = forward(x)
@@ -452,6 +471,7 @@ def _loss(
         losses = [method.hint(a, b, options.kp_tau) for a, b in zip(maps, hints, strict=True)]
         terms["hints"] = torch.stack(losses).sum()
         weights["hints"] = method.beta if options.beta is None else options.beta
+        weights["hints"] *= 1 - (1 - options.beta_end) * done
     if stage.hints_only:
         # Several processes expect a gradient for every parameter, if only zero.
         nothing = torch.stack([output.float().sum() for output in outputs]).sum() * 0.0

@@ -1,0 +1,164 @@
+"""What `dk2pnet reproduce` shows: a table, and accuracy against parameters beside the figures of others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from dk2pnet.report.tables import DASH, format_count, markdown_table
+
+__all__ = [
+    "PUBLISHED",
+    "REPRODUCTION_HEADER",
+    "continuing_lines",
+    "paired_sentence",
+    "reproduction_figure",
+    "reproduction_rows",
+    "write_reproduction",
+]
+
+
+class Published(NamedTuple):
+    """A figure of others: test accuracy in percent."""
+
+    name: str
+    parameters: int
+    accuracy: float
+
+
+# Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, tables 1 to 4; parameters as rounded there.
+PUBLISHED: dict[str, list[Published]] = {
+    "mnist": [
+        Published("FitNets' teacher", 361_000, 99.45),
+        Published("FitNets' student", 30_000, 99.49),
+        Published("FitNets' student, KD", 30_000, 99.35),
+        Published("FitNets' student, labels", 30_000, 98.10),
+    ],
+    "cifar10": [
+        Published("FitNets' teacher", 9_000_000, 90.18),
+        Published("FitNets' student 1", 250_000, 89.01),
+        Published("FitNets' student 2", 862_000, 91.06),
+        Published("FitNets' student 3", 1_600_000, 91.10),
+        Published("FitNets' student 4", 2_500_000, 91.61),
+    ],
+    "cifar100": [Published("FitNets' teacher", 9_000_000, 63.54), Published("FitNets' student", 2_500_000, 64.96)],
+    "svhn": [Published("FitNets' teacher", 4_900_000, 97.62), Published("FitNets' student", 1_500_000, 97.58)],
+}
+_NAMES = {
+    "labels": "labels only",
+    "kd": "KD",
+    "fitnets": "FitNets, two stages",
+    "euclidean+kd": "Euclidean hints + KD, one stage",
+    "at": "attention transfer",
+    "kp": "KP",
+    "kp+kd": "KP + KD",
+}
+_OTHERS, _TEACHER, _SHOWN = "#8a94a0", "#1c2126", {"labels": "#b4c4d4", "kd": "#6f9fcb", "kp+kd": "#2a6fb0"}
+
+REPRODUCTION_HEADER = ("network", "taught by", "parameters", "MACs", "seeds", "test accuracy %", "test error %")
+
+
+def reproduction_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The teacher, the student by each method, then the figures of others, under `REPRODUCTION_HEADER`."""
+    settings, rows = results["settings"], []
+    if results["teacher"]:
+        figures = results["teacher"]
+        rows.append((f"teacher ({settings['teacher']})", "labels", *_sizes(figures), DASH, *_accuracy(figures)))
+    for row in results["rows"]:
+        who = (settings["student"], _NAMES[row["method"]])
+        rows.append((*who, *_sizes(results["student"]), str(row["seeds"]), *_accuracy(row)))
+    for each in PUBLISHED.get(settings["data"], ()):
+        figures = (f"{each.accuracy:.2f}", f"{100 - each.accuracy:.2f}")
+        rows.append((each.name, "published", format_count(each.parameters), DASH, DASH, *figures))
+    return rows
+
+
+def _sizes(figures: Mapping[str, Any]) -> tuple[str, str]:
+    return format_count(figures["parameters"]), format_count(figures["macs"])
+
+
+def _accuracy(figures: Mapping[str, Any]) -> tuple[str, str]:
+    if figures["accuracy"] is None:
+        return DASH, DASH
+    spread = f" ± {figures['spread']:.2f}" if figures.get("spread") is not None else ""
+    return f"{figures['accuracy']:.2f}{spread}", f"{100 - figures['accuracy']:.2f}"
+
+
+def paired_sentence(results: Mapping[str, Any]) -> str:
+    """What the two methods differ by, seed by seed; empty where fewer than two seeds have both."""
+    paired = results["paired"]
+    if paired is None:
+        return ""
+    return (
+        f"{_NAMES[paired['first']]} against {_NAMES[paired['second']]}, {len(paired['seeds'])} paired seeds: "
+        f"{paired['difference']:+.2f} points (95 % interval {paired['low']:+.2f} to {paired['high']:+.2f})."
+    )
+
+
+def continuing_lines(results: Mapping[str, Any]) -> list[str]:
+    """The commands that are still to be run for all methods and three seeds."""
+    return list(results["continue"])
+
+
+def write_reproduction(results: Mapping[str, Any], folder: Path) -> None:
+    """Write ``results.md`` and ``figure.svg`` into the folder; each appears whole."""
+    settings = results["settings"]
+    schedule = f"{settings['epochs']} epochs at learning rate {settings['learning_rate']:g}"
+    if settings["images"]:
+        schedule += f" on {settings['images']:,} images of the training split"
+    lines = [f"# {settings['data']}", "", f"Students: {schedule}; test accuracy of the last epoch.", ""]
+    lines += [markdown_table(REPRODUCTION_HEADER, reproduction_rows(results)), ""]
+    lines += [paired_sentence(results), ""] if results["paired"] else []
+    lines += ["![accuracy against parameters](figure.svg)"] if results["rows"] else []
+    if results["continue"]:
+        lines += ["", "Not run yet:", "", *(f"    {command}" for command in results["continue"])]
+    _replace(folder / "results.md", "\n".join(lines) + "\n")
+    if results["rows"]:
+        write_figure([results], folder / "figure.svg")
+
+
+def write_figure(several: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The figure of `reproduction_figure` as a file that a README can show, on white in any theme."""
+    with matplotlib.rc_context({"svg.hashsalt": "dk2pnet", "svg.fonttype": "path", "font.size": 9.0}):
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        reproduction_figure(several).savefig(temporary, format="svg", metadata={"Date": None})
+        os.replace(temporary, path)
+
+
+def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
+    """A panel for each data set: test accuracy against parameters, ours and those of others; up and left is better."""
+    figure = Figure(figsize=(4.2 * len(several), 3.4), layout="constrained")
+    for axes, results in zip(figure.subplots(1, len(several), squeeze=False)[0], several, strict=True):
+        others = PUBLISHED.get(results["settings"]["data"], ())
+        for marker, label, mine in (("s", "FitNets (2015)", False), ("D", "their teacher", True)):
+            shown = [each for each in others if each.name.endswith("teacher") == mine and "," not in each.name]
+            if shown:
+                x, y = zip(*((each.parameters, each.accuracy) for each in shown), strict=True)
+                axes.plot(x, y, color=_OTHERS, marker=marker, linestyle="-" if not mine else "", label=label)
+        if results["teacher"] and results["teacher"]["accuracy"] is not None:
+            teacher = results["teacher"]
+            axes.plot(teacher["parameters"], teacher["accuracy"], "D", color=_TEACHER, label="our teacher")
+        rows = {row["method"]: row for row in results["rows"]}
+        for name, color in _SHOWN.items():
+            if name in rows:
+                where = (results["student"]["parameters"], rows[name]["accuracy"])
+                axes.errorbar(*where, yerr=rows[name]["spread"], fmt="o", color=color, label=f"DK²PNet, {_NAMES[name]}")
+        axes.set_xscale("log")
+        axes.set_xlabel("parameters")
+        axes.set_ylabel("test accuracy %")
+        axes.set_title(results["settings"]["data"], loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

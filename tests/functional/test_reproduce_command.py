@@ -1,0 +1,81 @@
+"""The paper's experiment as a user repeats it: quick, killed and repeated, added to, refused."""
+
+import json
+import time
+
+import pytest
+from command_line import FILES, LOGS, error_of, figures, here, snapshot, works
+from test_training_commands import kill_when, start
+
+METHODS = ("labels", "kd", "fitnets", "euclidean+kd", "at", "kp", "kp+kd")
+QUICK = ["reproduce", "digits", "--quick", "--threads", 1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with quick/, the whole experiment in small."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    answer = works(here, *QUICK, "--out", "quick", cwd=folder)
+    (folder / "said.txt").write_text(answer.out)
+    return folder
+
+
+def test_every_method_is_in_the_table_and_the_figure_is_there(place):
+    results = json.loads((place / "quick/results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == list(METHODS)
+    assert all(row["seeds"] == 1 for row in results["rows"])
+    assert results["continue"] == []
+    table = (place / "quick/results.md").read_text()
+    for row in results["rows"]:
+        out = figures(place / f"quick/{row['method']}-0")
+        assert row["accuracy"] == out["network"]["accuracy"]
+        assert f"{row['accuracy']:.2f}" in table
+    assert "KP + KD" in (place / "said.txt").read_text()
+    assert (place / "quick/figure.svg").stat().st_size > 1000
+    kept = FILES - {"report.html"} | LOGS
+    assert {path.name for path in (place / "quick/kp+kd-0").iterdir()} == kept
+
+
+def test_a_student_of_it_is_an_ordinary_network(place):
+    answer = works(here, "evaluate", "--model", "quick/kd-0/model.onnx", "--data", "digits", cwd=place)
+    assert f"accuracy {figures(place / 'quick/kd-0')['network']['accuracy']:.2f} %" in answer.out
+    again = works(here, "evaluate", "--model", "quick/kd-0", "--data", "digits", cwd=place)
+    assert "parameters 3,482" in again.out
+
+
+def test_done_runs_are_not_made_again(place):
+    before = snapshot(place / "quick/kd-0")
+    began = time.perf_counter()
+    answer = works(here, *QUICK, "--out", "quick", cwd=place)
+    assert "training" not in answer.err
+    assert snapshot(place / "quick/kd-0") == before
+    assert time.perf_counter() - began < 30
+
+
+def test_killed_and_repeated_it_ends_as_if_nothing_had_happened(place):
+    command = [*QUICK, "--method", "kd", "--checkpoint-every", 0, "--out", "shaken"]
+    process = start(*command, cwd=place)
+    assert kill_when(process, lambda: any((place / "shaken").glob("kd-0.unfinished/checkpoints/step-*.safetensors")))
+    works(here, *command, cwd=place)
+    shaken, calm = (figures(place / name / "kd-0")["network"] for name in ("shaken", "quick"))
+    assert shaken == calm
+    assert not list((place / "shaken").glob("*.unfinished"))
+
+
+REFUSED = {
+    "a method that there is not": (["--method", "magic"], ["'magic'", "kp+kd"]),
+    "another schedule in the same folder": (["--epochs", 7, "--out", "quick"], ["epochs 2", "7", "--out"]),
+    "no epochs": (["--epochs", 0], ["0 epochs", "1 or more"]),
+    "a student that there is not": (["--student", "dk2pnet-9x9"], ["dk2pnet-9x9", "8, 14, 20"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_sentence_and_nothing_is_lost(case, place):
+    options, words = REFUSED[case]
+    before = snapshot(place / "quick")
+    answer = here(*QUICK, "--out", "never", *options, cwd=place)
+    for word in words:
+        assert str(word) in error_of(answer)
+    assert snapshot(place / "quick") == before
+    assert not (place / "never").exists()
