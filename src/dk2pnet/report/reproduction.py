@@ -58,6 +58,7 @@ _NAMES = {
     "kp": "KP",
     "kp+kd": "KP + KD",
 }
+_TICKS = (1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7)
 _OTHERS, _TEACHER, _SHOWN = "#8a94a0", "#1c2126", {"labels": "#b4c4d4", "kd": "#6f9fcb", "kp+kd": "#2a6fb0"}
 
 REPRODUCTION_HEADER = ("network", "taught by", "parameters", "MACs", "seeds", "test accuracy %", "test error %")
@@ -149,6 +150,10 @@ def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
                 where = (results["student"]["parameters"], rows[name]["accuracy"])
                 axes.errorbar(*where, yerr=rows[name]["spread"], fmt="o", color=color, label=f"DK²PNet, {_NAMES[name]}")
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in _TICKS if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick / 1e6:g} M" if tick >= 1e6 else f"{tick / 1e3:g} K" for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("parameters")
         axes.set_ylabel("test accuracy %")
         axes.set_title(results["settings"]["data"], loc="left")
