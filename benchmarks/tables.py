@@ -17,6 +17,12 @@ from statistics import mean, median, stdev
 from demo import HEADER as demo_header
 from demo import table_rows as demo_rows
 from dk2pnet.report.curve import CURVE_HEADER, curve_rows
+from dk2pnet.report.reproduction import (
+    REPRODUCTION_HEADER,
+    paired_sentence,
+    reproduction_rows,
+    write_figure,
+)
 from dk2pnet.report.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -578,6 +584,40 @@ def explored_times(model: str) -> Callable[[], str]:
     return table
 
 
+def reproduction(data: str) -> Callable[[], str]:
+    """The table, the paired difference, and the commands for what is missing."""
+
+    def table() -> str:
+        found = read(f"reproduce-{data}")
+        parts = [markdown_table(REPRODUCTION_HEADER, reproduction_rows(found))]
+        parts += [paired_sentence(found)] if found["paired"] else []
+        if found["continue"]:
+            parts += ["Not run yet:", "\n".join(f"    {command}" for command in found["continue"])]
+        return "\n\n".join(parts)
+
+    return table
+
+
+def ablation(data: str) -> Callable[[], str]:
+    def table() -> str:
+        rows = sorted(read(f"ablation-{data}")["rows"], key=lambda row: -row["mean"])
+        spread = [f" ± {row['spread']:.2f}" if row["spread"] is not None else "" for row in rows]
+        cells = [
+            (row["name"], str(len(row["validation"])), f"{row['mean']:.2f}{each}")
+            for row, each in zip(rows, spread, strict=True)
+        ]
+        return markdown_table(("taught by", "seeds", "validation accuracy %"), cells)
+
+    return table
+
+
+def reproduction_figures() -> None:
+    """docs/reproduce.svg, a panel for each data set that has results."""
+    several = [read(f"reproduce-{data}") for data in REPRODUCED if (RESULTS / f"reproduce-{data}.json").exists()]
+    write_figure(several, ROOT / "docs" / "reproduce.svg")
+
+
+REPRODUCED = ("mnist", "cifar10", "svhn_10k")
 TABLES: dict[str, Callable[[], str]] = {
     "third-party": third_party,
     "third-party-tuned": third_party_tuned,
@@ -613,6 +653,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "points-resnet32": points("resnet32"),
     "explore-resnet32": explored("resnet32"),
     "explore-times-resnet32": explored_times("resnet32"),
+    "ablation-svhn_10k": ablation("svhn_10k"),
+    **{f"reproduce-{data}": reproduction(data) for data in REPRODUCED},
 }
 
 
@@ -628,6 +670,8 @@ def main() -> int:
             )
             if "--check" not in sys.argv:
                 path.write_text(made, encoding="utf-8")
+    if "--check" not in sys.argv:
+        reproduction_figures()
     return 1 if stale and "--check" in sys.argv else 0
 
 

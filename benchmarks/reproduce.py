@@ -1,0 +1,58 @@
+"""The paper's benchmarks at the schedules that docs/results.md shows: `dk2pnet reproduce`, and its results kept.
+
+    python benchmarks/reproduce.py mnist --data-dir DATA --runs FOLDER [--method kd ...] [--seed 0 ...]
+    python benchmarks/reproduce.py cifar10 --weights resnet32.th ...       (a teacher trained by others)
+
+The schedules are short: what two CPU cores can do in some hours. The full ones are those of the command without
+options. Runs lie in FOLDER/DATA, are resumed after a kill and skipped once done. Writes
+benchmarks/results/reproduce-DATA.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dk2pnet.pipelines.reproduce import METHODS, reproduce
+
+RESULTS = Path(__file__).parent / "results"
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "mnist": {"student": "dk2pnet-8x16", "epochs": 3, "teacher_epochs": 3},
+    "svhn_10k": {"epochs": 15, "teacher_epochs": 20},
+    "cifar10": {"student": "dk2pnet-20x24", "epochs": 3, "teacher": "resnet32", "normalize": "imagenet"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=list(SCHEDULES))
+    parser.add_argument("--weights", help="of the teacher, where the schedule names one")
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--runs", required=True, type=Path)
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    options = parser.parse_args()
+    schedule = SCHEDULES[options.data]
+    if "teacher" in schedule:
+        schedule["teacher_weights"] = options.weights
+    results = reproduce(
+        options.data,
+        options.runs / options.data,
+        methods=options.method,
+        seeds=options.seed,
+        data_dir=options.data_dir,
+        **schedule,
+    )
+    if results["settings"]["teacher_weights"]:  # without its folder, which is another one on every machine
+        results["settings"]["teacher_weights"] = Path(results["settings"]["teacher_weights"]).name
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"reproduce-{options.data}.json"
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()
