@@ -3,8 +3,11 @@
 import json
 import time
 
+import datasets
+import numpy as np
 import pytest
 from command_line import FILES, LOGS, error_of, figures, here, snapshot, works
+from PIL import Image
 from test_training_commands import kill_when, start
 
 METHODS = ("labels", "kd", "fitnets", "euclidean+kd", "at", "kp", "kp+kd")
@@ -60,6 +63,23 @@ def test_killed_and_repeated_it_ends_as_if_nothing_had_happened(place):
     shaken, calm = (figures(place / name / "kd-0")["network"] for name in ("shaken", "quick"))
     assert shaken == calm
     assert not list((place / "shaken").glob("*.unfinished"))
+
+
+def test_svhn_in_the_layout_of_the_hub(tmp_path):
+    """Its folder per configuration, three splits, and images as files; random ones, so the figures mean nothing."""
+    folder = tmp_path / "svhn" / "cropped_digits"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for split, count in (("train", 60), ("test", 30), ("extra", 20)):
+        images = [Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+        table = datasets.Dataset.from_dict({"image": images, "label": [row % 10 for row in range(count)]})
+        table = table.cast_column("image", datasets.Image())
+        table = table.cast_column("label", datasets.ClassLabel(names=list("0123456789")))
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    command = ["reproduce", "svhn", "--quick", "--threads", 1, "--method", "kp+kd", "--data-dir", tmp_path]
+    answer = works(here, *command, "--out", "out", cwd=tmp_path)
+    assert "FitNets' student" in answer.out
+    assert figures(tmp_path / "out/kp+kd-0")["run"]["images"] == {"train": 54, "validation": 6, "test": 30}
 
 
 REFUSED = {
