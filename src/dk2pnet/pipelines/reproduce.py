@@ -22,7 +22,7 @@ from dk2pnet.models import make_network
 from dk2pnet.pipelines.folders import write_json
 from dk2pnet.pipelines.inputs import Progress, silent
 from dk2pnet.pipelines.train import train_network
-from dk2pnet.processes import is_main
+from dk2pnet.processes import is_main, wait
 from dk2pnet.report.reproduction import write_reproduction
 from dk2pnet.training.losses import DEFAULT_METHOD
 from dk2pnet.training.trainer import TrainingOptions
@@ -136,6 +136,7 @@ def reproduce(
             progress(what.replace("training", f"training {name}", 1), done, total)
 
         train_network(model, data, folder / name, options=options, recipe=recipe, progress=shown, **taught, **common)
+        wait()  # until the main process has written the folder
 
     asked = [
         (name, options_for(epochs=settings["epochs"], seed=seed, **METHODS[name]))
