@@ -614,7 +614,8 @@ def ablation(data: str) -> Callable[[], str]:
 def reproduction_figures() -> None:
     """docs/reproduce.svg, a panel for each data set that has results."""
     several = [read(f"reproduce-{data}") for data in REPRODUCED if (RESULTS / f"reproduce-{data}.json").exists()]
-    write_figure(several, ROOT / "docs" / "reproduce.svg")
+    if several:
+        write_figure(several, ROOT / "docs" / "reproduce.svg")
 
 
 REPRODUCED = ("mnist", "cifar10", "svhn_10k")
