@@ -15,10 +15,10 @@ from dk2pnet.report.tables import DASH, format_count, markdown_table
 __all__ = [
     "PUBLISHED",
     "REPRODUCTION_HEADER",
-    "continuing_lines",
     "paired_sentence",
     "reproduction_figure",
     "reproduction_rows",
+    "write_figure",
     "write_reproduction",
 ]
 
@@ -99,11 +99,6 @@ def paired_sentence(results: Mapping[str, Any]) -> str:
         f"{_NAMES[paired['first']]} against {_NAMES[paired['second']]}, {len(paired['seeds'])} paired seeds: "
         f"{paired['difference']:+.2f} points (95 % interval {paired['low']:+.2f} to {paired['high']:+.2f})."
     )
-
-
-def continuing_lines(results: Mapping[str, Any]) -> list[str]:
-    """The commands that are still to be run for all methods and three seeds."""
-    return list(results["continue"])
 
 
 def write_reproduction(results: Mapping[str, Any], folder: Path) -> None:
