@@ -455,7 +455,10 @@ def reproduce(
     normalize: Normalize = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--method", help="labels, kd, fitnets, euclidean+kd, at, kp or kp+kd. Repeatable. Without: all."),
+        typer.Option(
+            "--method",
+            help="labels, kd, fitnets, euclidean+kd, at, kp, kp+kd, kp-falling+kd. Repeatable. Without: all.",
+        ),
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Without: 0, 1 and 2.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of every student.")] = None,

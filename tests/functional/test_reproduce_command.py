@@ -10,7 +10,7 @@ from command_line import FILES, LOGS, error_of, figures, here, snapshot, works
 from PIL import Image
 from test_training_commands import kill_when, start
 
-METHODS = ("labels", "kd", "fitnets", "euclidean+kd", "at", "kp", "kp+kd")
+METHODS = ("labels", "kd", "fitnets", "euclidean+kd", "at", "kp", "kp+kd", "kp-falling+kd")
 QUICK = ["reproduce", "digits", "--quick", "--threads", 1]
 
 

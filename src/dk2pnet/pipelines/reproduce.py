@@ -63,6 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "at": {"method": "at", "alpha": 0.0},
     "kp": {"method": DEFAULT_METHOD, "alpha": 0.0},
     "kp+kd": {"method": DEFAULT_METHOD},
+    "kp-falling+kd": {"method": DEFAULT_METHOD, "beta_end": 0.0},
 }
 
 
@@ -130,7 +131,7 @@ def reproduce(
         if (folder / name).exists():
             return
         recipe = {key: value for key, value in settings.items() if key != "teacher_epochs"}
-        recipe |= {"method": options.method, "alpha": options.alpha, "seed": options.seed, "epochs": options.epochs}
+        recipe |= {key: getattr(options, key) for key in ("method", "alpha", "beta_end", "seed", "epochs")}
 
         def shown(what: str, done: int, total: int) -> None:
             progress(what.replace("training", f"training {name}", 1), done, total)

@@ -57,6 +57,7 @@ _NAMES = {
     "at": "attention transfer",
     "kp": "KP",
     "kp+kd": "KP + KD",
+    "kp-falling+kd": "KP, its weight falling to 0, + KD",
 }
 _TICKS = (1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7)
 _OTHERS, _TEACHER, _SHOWN = "#8a94a0", "#1c2126", {"labels": "#b4c4d4", "kd": "#6f9fcb", "kp+kd": "#2a6fb0"}
