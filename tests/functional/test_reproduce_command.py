@@ -33,7 +33,7 @@ def test_every_method_is_in_the_table_and_the_figure_is_there(place):
         out = figures(place / f"quick/{row['method']}-0")
         assert row["accuracy"] == out["network"]["accuracy"]
         assert f"{row['accuracy']:.2f}" in table
-    assert "KP + KD" in (place / "said.txt").read_text()
+    assert "Written to quick: results.md, results.json, figure.svg" in (place / "said.txt").read_text()
     assert (place / "quick/figure.svg").stat().st_size > 1000
     kept = FILES - {"report.html"} | LOGS
     assert {path.name for path in (place / "quick/kp+kd-0").iterdir()} == kept
@@ -77,8 +77,8 @@ def test_svhn_in_the_layout_of_the_hub(tmp_path):
         table = table.cast_column("label", datasets.ClassLabel(names=list("0123456789")))
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     command = ["reproduce", "svhn", "--quick", "--threads", 1, "--method", "kp+kd", "--data-dir", tmp_path]
-    answer = works(here, *command, "--out", "out", cwd=tmp_path)
-    assert "FitNets' student" in answer.out
+    works(here, *command, "--out", "out", cwd=tmp_path)
+    assert "FitNets' student" in (tmp_path / "out/results.md").read_text()
     assert figures(tmp_path / "out/kp+kd-0")["run"]["images"] == {"train": 54, "validation": 6, "test": 30}
 
 

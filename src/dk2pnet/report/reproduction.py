@@ -62,7 +62,7 @@ _NAMES = {
 _TICKS = (1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7)
 _OTHERS, _TEACHER, _SHOWN = "#8a94a0", "#1c2126", {"labels": "#b4c4d4", "kd": "#6f9fcb", "kp+kd": "#2a6fb0"}
 
-REPRODUCTION_HEADER = ("network", "taught by", "parameters", "MACs", "seeds", "test accuracy %", "test error %")
+REPRODUCTION_HEADER = ("network", "taught by", "parameters", "MACs", "seeds", "test %", "error %")
 
 
 def reproduction_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
