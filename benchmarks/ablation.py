@@ -4,8 +4,8 @@
 
 `--teacher` is an OUT folder, such as the teacher/ of `dk2pnet reproduce`. Every row is one `dk2pnet train` of the same
 student beside it, in FOLDER/DATA; what is there already is not made again, and a killed run goes on. Rows are compared
-by the last epoch's accuracy on the validation tenth of the training split; the test split plays no part and is not
-written down. Writes benchmarks/results/ablation-DATA.json.
+by the last epoch's accuracy on the validation tenth of the training split; what the runs say of the test split is
+not read. Writes benchmarks/results/ablation-DATA.json.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from dk2pnet.pipelines.folders import write_json
 from dk2pnet.pipelines.inputs import environment, pick_device
 from dk2pnet.pipelines.train import train_network
 from dk2pnet.training.losses import METHODS, Method, kp_channel
@@ -53,6 +54,10 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+def stem(name: str) -> str:
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)
@@ -68,7 +73,7 @@ def main() -> None:
     folder = options.runs / options.data
     for seed in options.seeds:
         for name in options.only:
-            out = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{options.epochs}-{seed}"
+            out = folder / f"{stem(name)}-{options.epochs}-{seed}"
             if not out.exists():
                 how = {"epochs": options.epochs, "learning_rate": options.lr, "seed": seed, **ROWS[name]}
                 train_network(
@@ -77,7 +82,7 @@ def main() -> None:
                     out,
                     teacher=None if name == "labels" else options.teacher,
                     options=TrainingOptions(**how),
-                    recipe={"name": name, **{key: how[key] for key in ("epochs", "learning_rate", "seed")}},
+                    recipe={**how, "hints": list(how.get("hints", ()))},
                     data_dir=options.data_dir,
                 )
             collect(folder, options)
@@ -88,8 +93,7 @@ def collect(folder: Path, options: argparse.Namespace) -> None:
     """All runs of this length that are there."""
     rows = []
     for name in ROWS:
-        stem = name.replace(", ", "-").replace(" ", "-")
-        found = sorted(folder.glob(f"{stem}-{options.epochs}-[0-9]*/metrics.json"))
+        found = sorted(folder.glob(f"{stem(name)}-{options.epochs}-[0-9]*/metrics.json"))
         values = [json.loads(path.read_text())["network"]["validation_accuracy"] for path in found]
         if values:
             spread = statistics.stdev(values) if len(values) > 1 else None
@@ -98,9 +102,7 @@ def collect(folder: Path, options: argparse.Namespace) -> None:
     result |= environment(pick_device("cpu"))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"ablation-{options.data}.json"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, result)
 
 
 if __name__ == "__main__":

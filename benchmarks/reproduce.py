@@ -11,10 +11,10 @@ benchmarks/results/reproduce-DATA.json.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from dk2pnet.pipelines.folders import write_json
 from dk2pnet.pipelines.reproduce import METHODS, reproduce
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     options = parser.parse_args()
-    schedule = SCHEDULES[options.data]
+    schedule = dict(SCHEDULES[options.data])
     if "teacher" in schedule:
         schedule["teacher_weights"] = options.weights
     results = reproduce(
@@ -49,9 +49,7 @@ def main() -> None:
         results["settings"]["teacher_weights"] = Path(results["settings"]["teacher_weights"]).name
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"reproduce-{options.data}.json"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, results)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ from statistics import mean, median, stdev
 
 from demo import HEADER as demo_header
 from demo import table_rows as demo_rows
+from dk2pnet.measure import parameters
+from dk2pnet.models import make_network
+from dk2pnet.pipelines.reproduce import SETUPS
 from dk2pnet.report.curve import CURVE_HEADER, curve_rows
 from dk2pnet.report.reproduction import (
     REPRODUCTION_HEADER,
@@ -23,7 +26,7 @@ from dk2pnet.report.reproduction import (
     reproduction_rows,
     write_figure,
 )
-from dk2pnet.report.tables import markdown_table
+from dk2pnet.report.tables import format_count, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -584,6 +587,20 @@ def explored_times(model: str) -> Callable[[], str]:
     return table
 
 
+def setups() -> str:
+    """Not from JSON but from the settings that the command itself uses."""
+    rows = []
+    for data, setup in SETUPS.items():
+        shape = {"num_classes": 100 if data == "cifar100" else 10, "in_channels": 1 if data in GREY else 3}
+        cells = [
+            f"`{name}` ({format_count(parameters(make_network(name, **shape)))})"
+            for name in (setup.student, setup.teacher)
+        ]
+        rows.append((data, *cells, f"{setup.epochs}, {setup.teacher_epochs}", f"{setup.learning_rate:g}"))
+    header = ("data set", "student (parameters)", "teacher", "epochs of student, teacher", "learning rate")
+    return markdown_table(header, rows)
+
+
 def reproduction(data: str) -> Callable[[], str]:
     """The table, the paired difference, and the commands for what is missing."""
 
@@ -618,6 +635,7 @@ def reproduction_figures() -> None:
         write_figure(several, ROOT / "docs" / "reproduce.svg")
 
 
+GREY = ("mnist", "digits")
 REPRODUCED = ("mnist", "svhn_10k")
 TABLES: dict[str, Callable[[], str]] = {
     "third-party": third_party,
@@ -655,6 +673,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "explore-resnet32": explored("resnet32"),
     "explore-times-resnet32": explored_times("resnet32"),
     "ablation-svhn_10k": ablation("svhn_10k"),
+    "setups": setups,
     "ablation-mnist": ablation("mnist"),
     **{f"reproduce-{data}": reproduction(data) for data in REPRODUCED},
 }

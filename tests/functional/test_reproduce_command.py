@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import FILES, LOGS, error_of, figures, here, snapshot, works
 from PIL import Image
-from test_training_commands import kill_when, start
+from test_training_commands import kill_when, start, weights
 
 METHODS = ("labels", "kd", "fitnets", "euclidean+kd", "at", "kp", "kp+kd", "kp-falling+kd")
 QUICK = ["reproduce", "digits", "--quick", "--threads", 1]
@@ -44,6 +44,11 @@ def test_a_student_of_it_is_an_ordinary_network(place):
     assert f"accuracy {figures(place / 'quick/kd-0')['network']['accuracy']:.2f} %" in answer.out
     again = works(here, "evaluate", "--model", "quick/kd-0", "--data", "digits", cwd=place)
     assert "parameters 3,482" in again.out
+
+
+def test_the_recipe_of_a_run_repeats_it(place):
+    works(here, "train", "--recipe", "quick/kp-falling+kd-0/recipe.yaml", "--out", "again", cwd=place)
+    assert weights(place / "again") == weights(place / "quick/kp-falling+kd-0")
 
 
 def test_done_runs_are_not_made_again(place):

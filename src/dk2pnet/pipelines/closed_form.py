@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -336,8 +335,7 @@ def solved_once(folder: Path, teacher: nn.Module, clock: Clock, solve: Callable[
             }
             save_file(constants, str(kept / "whitening.safetensors"))
             facts = {"decisions": solved.decisions, "search": solved.search, "seconds": clock.seconds}
-            write_json(folder / f"{notes}.part", facts)
-            os.replace(folder / f"{notes}.part", folder / notes)
+            write_json(folder / notes, facts)
         processes.wait()
     found = json.loads((folder / notes).read_text(encoding="utf-8"))
     clock.seconds = found["seconds"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -344,8 +343,7 @@ def _point(
         if path is None:
             return row
         if processes.is_main():
-            write_json(path.with_suffix(".part"), {"row": row, "steps": prober.steps})
-            os.replace(path.with_suffix(".part"), path)
+            write_json(path, {"row": row, "steps": prober.steps})
         processes.wait()
     found = json.loads(path.read_text(encoding="utf-8"))
     prober.steps = found["steps"]

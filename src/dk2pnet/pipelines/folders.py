@@ -134,8 +134,13 @@ def _disk_message(out: Path, error: BaseException) -> str:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Indented JSON."""
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    """Indented JSON; the file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_recipe(path: Path, command: str, options: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ days and over several processes; the results are read from the folders, never ke
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +129,9 @@ def reproduce(
     def run(model: str, name: str, options: TrainingOptions, **taught: Any) -> None:
         if (folder / name).exists():
             return
-        recipe = {key: value for key, value in settings.items() if key != "teacher_epochs"}
-        recipe |= {key: getattr(options, key) for key in ("method", "alpha", "beta_end", "seed", "epochs")}
+        told = ("epochs", "learning_rate", "method", "alpha", "beta_end", "precision", "checkpoint_every", "seed")
+        recipe = {"model": model, "data": data, **taught, **{key: getattr(options, key) for key in told}}
+        recipe |= {key: common[key] for key in ("normalize", "data_dir", "images", "device", "threads")}
 
         def shown(what: str, done: int, total: int) -> None:
             progress(what.replace("training", f"training {name}", 1), done, total)
@@ -188,9 +188,7 @@ def _write(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Read every run that is done, and write JSON, Markdown and figure; each appears whole."""
     results = _collected(folder, settings)
     if is_main():
-        temporary = folder / f".results-{os.getpid()}.json"
-        write_json(temporary, results)
-        os.replace(temporary, folder / "results.json")
+        write_json(folder / "results.json", results)
         write_reproduction(results, folder)
     return results
 

@@ -78,6 +78,8 @@ def train_network(
     training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
     if training is None or (training.labels is None and teacher is None):
         raise InputError(f"data set {data!r} has no labelled training split, which training reads; give one that has")
+    if images is not None and images < 2:
+        raise InputError(f"{images} training images were asked for; expected 2 or more, as a tenth only validates")
     if images is not None:
         training = training.subset(torch.arange(len(training))[:: max(1, len(training) // images)][:images])
     kept, validation = split_training(training)

@@ -31,7 +31,7 @@ class Published(NamedTuple):
     accuracy: float
 
 
-# Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, tables 1 to 4; parameters as rounded there.
+# Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, with parameters as rounded there.
 PUBLISHED: dict[str, list[Published]] = {
     "mnist": [
         Published("FitNets' teacher", 361_000, 99.45),
@@ -132,11 +132,11 @@ def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(4.2 * len(several), 3.4), layout="constrained")
     for axes, results in zip(figure.subplots(1, len(several), squeeze=False)[0], several, strict=True):
         others = PUBLISHED.get(results["settings"]["data"], ())
-        for marker, label, mine in (("s", "FitNets (2015)", False), ("D", "their teacher", True)):
-            shown = [each for each in others if each.name.endswith("teacher") == mine and "," not in each.name]
+        for marker, label, is_teacher in (("s", "FitNets (2015)", False), ("D", "their teacher", True)):
+            shown = [each for each in others if each.name.endswith("teacher") == is_teacher and "," not in each.name]
             if shown:
                 x, y = zip(*((each.parameters, each.accuracy) for each in shown), strict=True)
-                axes.plot(x, y, color=_OTHERS, marker=marker, linestyle="-" if not mine else "", label=label)
+                axes.plot(x, y, color=_OTHERS, marker=marker, linestyle="" if is_teacher else "-", label=label)
         if results["teacher"] and results["teacher"]["accuracy"] is not None:
             teacher = results["teacher"]
             axes.plot(teacher["parameters"], teacher["accuracy"], "D", color=_TEACHER, label="our teacher")
