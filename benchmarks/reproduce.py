@@ -3,9 +3,9 @@
     python benchmarks/reproduce.py mnist --data-dir DATA --runs FOLDER [--method kd ...] [--seed 0 ...]
     python benchmarks/reproduce.py cifar10 --weights resnet32.th ...       (a teacher trained by others)
 
-The schedules are short: what two CPU cores can do in some hours. The full ones are those of the command without
-options. Runs lie in FOLDER/DATA, are resumed after a kill and skipped once done. Writes
-benchmarks/results/reproduce-DATA.json.
+A schedule has the name of its data set, and `cifar10_long` is one more. They are short: what two CPU cores can do in
+some hours. The full ones are those of the command without options. Runs lie in FOLDER/SCHEDULE, are resumed after a
+kill and skipped once done. Writes benchmarks/results/reproduce-SCHEDULE.json.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "mnist": {"student": "dk2pnet-8x16", "epochs": 3, "teacher_epochs": 3},
     "svhn_10k": {"epochs": 15, "teacher_epochs": 20},
     "cifar10": {"student": "dk2pnet-20x24", "epochs": 3, "teacher": "resnet32", "normalize": "imagenet"},
+    "cifar10_long": {"data": "cifar10", "epochs": 26, "teacher": "resnet44", "normalize": "imagenet"},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=list(SCHEDULES))
+    parser.add_argument("schedule", choices=list(SCHEDULES))
     parser.add_argument("--weights", help="of the teacher, where the schedule names one")
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     options = parser.parse_args()
-    schedule = dict(SCHEDULES[options.data])
+    schedule = {"data": options.schedule, **SCHEDULES[options.schedule]}
     if "teacher" in schedule:
         schedule["teacher_weights"] = options.weights
     results = reproduce(
-        options.data,
-        options.runs / options.data,
+        out=options.runs / options.schedule,
         methods=options.method,
         seeds=options.seed,
         data_dir=options.data_dir,
@@ -48,7 +48,7 @@ def main() -> None:
     if results["settings"]["teacher_weights"]:  # without its folder, which is another one on every machine
         results["settings"]["teacher_weights"] = Path(results["settings"]["teacher_weights"]).name
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"reproduce-{options.data}.json"
+    path = RESULTS / f"reproduce-{options.schedule}.json"
     write_json(path, results)
 
 

@@ -601,11 +601,11 @@ def setups() -> str:
     return markdown_table(header, rows)
 
 
-def reproduction(data: str) -> Callable[[], str]:
+def reproduction(name: str) -> Callable[[], str]:
     """The table, the paired difference, and the commands for what is missing."""
 
     def table() -> str:
-        found = read(f"reproduce-{data}")
+        found = read(f"reproduce-{name}")
         parts = [markdown_table(REPRODUCTION_HEADER, reproduction_rows(found))]
         parts += [paired_sentence(found)] if found["paired"] else []
         if found["continue"]:
@@ -630,13 +630,13 @@ def ablation(data: str) -> Callable[[], str]:
 
 def reproduction_figures() -> None:
     """docs/reproduce.svg, a panel for each data set that has results."""
-    several = [read(f"reproduce-{data}") for data in REPRODUCED if (RESULTS / f"reproduce-{data}.json").exists()]
+    several = [read(f"reproduce-{name}") for name in REPRODUCED if (RESULTS / f"reproduce-{name}.json").exists()]
     if several:
         write_figure(several, ROOT / "docs" / "reproduce.svg")
 
 
 GREY = ("mnist", "digits")
-REPRODUCED = ("mnist", "svhn_10k")
+REPRODUCED = ("mnist", "cifar10", "cifar10_long", "svhn_10k")
 TABLES: dict[str, Callable[[], str]] = {
     "third-party": third_party,
     "third-party-tuned": third_party_tuned,
@@ -675,7 +675,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-svhn_10k": ablation("svhn_10k"),
     "setups": setups,
     "ablation-mnist": ablation("mnist"),
-    **{f"reproduce-{data}": reproduction(data) for data in REPRODUCED},
+    **{f"reproduce-{name}": reproduction(name) for name in REPRODUCED},
 }
 
 

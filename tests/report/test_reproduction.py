@@ -88,3 +88,14 @@ def test_figure_has_a_panel_for_each_data_set(data):
         assert {"our teacher", "DK²PNet, labels only", "DK²PNet, KP + KD"} <= set(labels)
         where = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
         assert where["our teacher"] == [[269_434, 99.6]]
+
+
+def test_two_schedules_of_a_data_set_share_a_panel():
+    longer = copy.deepcopy(RESULTS)
+    longer["settings"]["epochs"] = 90
+    (axes,) = reproduction_figure([RESULTS, longer]).axes
+    assert [text.get_text() for text in axes.texts] == ["60 epochs", "90 epochs"]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "our teacher" in legend
+    assert len(legend) == len(set(legend))
+    assert not reproduction_figure([RESULTS]).axes[0].texts  # a single one needs no telling apart

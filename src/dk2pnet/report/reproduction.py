@@ -60,7 +60,8 @@ _NAMES = {
     "kp-falling+kd": "KP, its weight falling to 0, + KD",
 }
 _TICKS = (1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7)
-_OTHERS, _TEACHER, _SHOWN = "#8a94a0", "#1c2126", {"labels": "#b4c4d4", "kd": "#6f9fcb", "kp+kd": "#2a6fb0"}
+_OTHERS, _TEACHER = "#8a94a0", "#1c2126"
+_SHOWN = {"labels": "#b4c4d4", "kd": "#6f9fcb", "kp+kd": "#2a6fb0", "kp-falling+kd": "#123f6b"}  # what the figure shows
 
 REPRODUCTION_HEADER = ("network", "taught by", "parameters", "MACs", "seeds", "test %", "error %")
 
@@ -128,23 +129,34 @@ def write_figure(several: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
-    """A panel for each data set: test accuracy against parameters, ours and those of others; up and left is better."""
-    figure = Figure(figsize=(4.2 * len(several), 3.4), layout="constrained")
-    for axes, results in zip(figure.subplots(1, len(several), squeeze=False)[0], several, strict=True):
-        others = PUBLISHED.get(results["settings"]["data"], ())
+    """A panel for each data set: test accuracy against parameters, ours and those of others; up and left is better.
+
+    Results of one data set at several schedules share a panel, each student with its number of epochs beside it.
+    """
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for results in several:
+        panels.setdefault(results["settings"]["data"], []).append(results)
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axes, (data, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        others = PUBLISHED.get(data, ())
         for marker, label, is_teacher in (("s", "FitNets (2015)", False), ("D", "their teacher", True)):
             shown = [each for each in others if each.name.endswith("teacher") == is_teacher and "," not in each.name]
             if shown:
                 x, y = zip(*((each.parameters, each.accuracy) for each in shown), strict=True)
                 axes.plot(x, y, color=_OTHERS, marker=marker, linestyle="" if is_teacher else "-", label=label)
-        if results["teacher"] and results["teacher"]["accuracy"] is not None:
-            teacher = results["teacher"]
-            axes.plot(teacher["parameters"], teacher["accuracy"], "D", color=_TEACHER, label="our teacher")
-        rows = {row["method"]: row for row in results["rows"]}
-        for name, color in _SHOWN.items():
-            if name in rows:
+        for results in found:
+            teacher, rows = results["teacher"], {row["method"]: row for row in results["rows"]}
+            if teacher and teacher["accuracy"] is not None:
+                axes.plot(teacher["parameters"], teacher["accuracy"], "D", color=_TEACHER, label="our teacher")
+            shown = [name for name in _SHOWN if name in rows]
+            for name in shown:
                 where = (results["student"]["parameters"], rows[name]["accuracy"])
-                axes.errorbar(*where, yerr=rows[name]["spread"], fmt="o", color=color, label=f"DK²PNet, {_NAMES[name]}")
+                label = f"DK²PNet, {_NAMES[name]}"
+                axes.errorbar(*where, yerr=rows[name]["spread"], fmt="o", color=_SHOWN[name], label=label)
+            if len(found) > 1 and shown:
+                beside = (results["student"]["parameters"], max(rows[name]["accuracy"] for name in shown))
+                text = f"{results['settings']['epochs']} epochs"
+                axes.annotate(text, beside, (0, 6), textcoords="offset points", ha="center", fontsize=7)
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         ticks = [tick for tick in _TICKS if low <= tick <= high]
@@ -152,10 +164,11 @@ def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
         axes.minorticks_off()
         axes.set_xlabel("parameters")
         axes.set_ylabel("test accuracy %")
-        axes.set_title(results["settings"]["data"], loc="left")
+        axes.set_title(data, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False, fontsize=7)
+        by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
+        axes.legend(by_label.values(), by_label.keys(), frameon=False, fontsize=7)
     return figure
 
 
