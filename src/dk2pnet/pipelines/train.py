@@ -100,7 +100,8 @@ def train_network(
     norm.check(training.channels)
     net = network.model.to(chosen)
     example = norm.apply(training.subset([0]).images).to(chosen)
-    asked = {key: value for key, value in (recipe or {}).items() if key != "checkpoint_every"}
+    # How it runs is no part of what is asked: a run may go on with more or fewer threads than it began with.
+    asked = {key: value for key, value in (recipe or {}).items() if key not in ("checkpoint_every", "threads")}
     with unfinished(out, overwrite, {"command": "train", **asked}) as folder:
         last = fit(
             net,
