@@ -16,13 +16,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from dk2pnet.pipelines.folders import write_json
+from common import plain_parser, write_results
 from dk2pnet.pipelines.inputs import environment, pick_device
 from dk2pnet.pipelines.train import train_network
 from dk2pnet.training.losses import METHODS, Method, kp_channel
 from dk2pnet.training.trainer import TrainingOptions
 
-RESULTS = Path(__file__).parent / "results"
 # KP as FitNets trains its hints: the middle one alone for a quarter of the epochs, then the softened logits.
 METHODS["kp-channel, two stages"] = Method(hint=kp_channel, beta=10.0, regress="always", two_stage=True)
 
@@ -59,7 +58,7 @@ def stem(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", default="dk2pnet-14x16")
     parser.add_argument("--data", default="svhn_10k")
@@ -100,9 +99,7 @@ def collect(folder: Path, options: argparse.Namespace) -> None:
             rows.append({"name": name, "validation": values, "mean": statistics.mean(values), "spread": spread})
     result = {"data": options.data, "student": options.student, "epochs": options.epochs, "rows": rows}
     result |= environment(pick_device("cpu"))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"ablation-{options.data}.json"
-    write_json(path, result)
+    write_results(f"ablation-{options.data}", result)
 
 
 if __name__ == "__main__":

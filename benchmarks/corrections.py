@@ -11,17 +11,16 @@ benchmarks/results/corrections-MODEL.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
 
+from common import network_parser, write_results
 from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.calibration.reconstruct import reconstruct
 from dk2pnet.calibration.statistics import reestimate_batch_norm
@@ -34,17 +33,11 @@ from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import accuracy, divergence, macs, predict
 from dk2pnet.pipelines.inputs import environment, load_data, open_network
 
-RESULTS = Path(__file__).parent / "results"
 RECONSTRUCTIONS = ("asymmetric, layer by layer", "… batch norm known", "… and the sum", "… and the ReLU")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.15])
     options = parser.parse_args()
     training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
@@ -78,11 +71,8 @@ def main() -> None:
             row["kl" + suffix] = divergence(wanted, predict(model, held_batches))
         rows.append(row)
         print(json.dumps(row), flush=True)
-        RESULTS.mkdir(exist_ok=True)
         result = {"model": options.model, "rows": rows, **environment(torch.device("cpu"))}
-        (RESULTS / f"corrections-{options.model}.json").write_text(
-            json.dumps(result, indent=1) + "\n", encoding="utf-8"
-        )
+        write_results(f"corrections-{options.model}", result)
 
     for budget in options.budgets:
         candidates = {}

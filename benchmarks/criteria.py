@@ -8,35 +8,23 @@ killed run goes on where it was. Writes benchmarks/results/criteria-MODEL.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 
 import dk2pnet
+from common import network_parser, read_results, write_results
 from dk2pnet.pipelines.inputs import environment, pick_device
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--criteria", nargs="+", default=["weight", "response", "loss"])
     parser.add_argument(
         "--budgets", nargs="+", default=["macs=0.44", "macs=0.3", "macs=0.15", "kernels=1", "kernels=2", "kernels=3"]
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"criteria-{options.model}.json"
-    result = (
-        json.loads(path.read_text()) if path.exists() else {"model": options.model, "data": options.data, "rows": []}
-    )
+    name = f"criteria-{options.model}"
+    result = read_results(name, {"model": options.model, "data": options.data, "rows": []})
     done = {(row["criterion"], row["budget"], row["seed"]) for row in result["rows"]}
     for budget in options.budgets:
         for criterion in options.criteria:
@@ -71,7 +59,7 @@ def main() -> None:
                 }
                 result["rows"].append(row)
                 result |= environment(pick_device("auto"))
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_results(name, result)
                 figures = f"{row['accuracy']:.2f} % of {row['teacher_accuracy']:.2f} %, MACs x{row['macs_kept']:.3f}"
                 print(f"{budget:10} {criterion:9} seed {seed}: {figures}, {row['seconds_all']:.0f} s", flush=True)
 

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 import dk2pnet
+from common import write_results
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.measure import macs, parameters
@@ -27,7 +28,6 @@ from dk2pnet.report.tables import format_count, rich_table
 from dk2pnet.training.trainer import TrainingOptions
 
 BUDGET = "macs=0.07"
-RESULTS = Path(__file__).parent / "results"
 HEADER = ("network", "accuracy", "parameters", "MACs", "ONNX file", "latency")
 
 
@@ -43,8 +43,7 @@ def main() -> None:
         **environment(torch.device("cpu")),
     }
     if "--record" in sys.argv:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_results("demo", result)
     console.print(rich_table(f"vgg8 on digits, budget {BUDGET}", HEADER, table_rows(rows)))
     console.print(
         f"Accuracy on {rows[0]['images']} test images, in ONNX Runtime; latency of one image, interleaved medians; "

@@ -10,13 +10,12 @@ benchmarks/results/explore-MODEL.json and docs/explore-MODEL.svg.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import torch
 
 import dk2pnet
+from common import network_parser, write_results
 from dk2pnet.report.curve import curve_svg
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,12 +23,7 @@ CLOSED_FORM = ("moments", "spectra", "solve", "reconstruct", "correct", "whiten"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--tune", default=None)
     options = parser.parse_args()
@@ -57,8 +51,7 @@ def main() -> None:
         "compress_total": totals[0],
         "explore_total": totals[1],
     }
-    path = ROOT / "benchmarks" / "results" / f"explore-{options.model}.json"
-    path.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_results(f"explore-{options.model}", metrics)
     (ROOT / "docs" / f"explore-{options.model}.svg").write_text(curve_svg(metrics))
     print(metrics["closed_form_seconds"], metrics["run"]["seconds"], metrics["knee"])
 

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import dk2pnet
+from common import write_results
 from dk2pnet.deploy.onnx import check_onnx, export_onnx, multiplier_convolutions
 from dk2pnet.models import make_network
 from dk2pnet.nets import NETS
 from dk2pnet.pipelines.inputs import environment
 
-RESULTS = Path(__file__).parent / "results"
 TORCHVISION = ("resnet18", "vgg11_bn", "mobilenet_v3_small", "convnext_tiny")
 
 
@@ -30,9 +30,8 @@ def main() -> None:
         torch.manual_seed(0)
         rows.append(measure(name, make_network(name), side))
         print(json.dumps(rows[-1]), flush=True)
-    RESULTS.mkdir(exist_ok=True)
     result = {"rows": rows, **environment(torch.device("cpu"))}
-    (RESULTS / "export.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results("export", result)
 
 
 def measure(name: str, model: nn.Module, side: int) -> dict:

@@ -17,7 +17,6 @@ Figures already in the JSON are not made again. Writes benchmarks/results/hostil
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -34,12 +33,12 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from common import plain_parser, read_results, write_results
 from dk2pnet.deploy.onnx import Feed
 from dk2pnet.errors import InputError
 from dk2pnet.pipelines import compress_onnx as pipeline
 from dk2pnet.pipelines.feeds import array_feeds
 
-RESULTS = Path(__file__).parent / "results"
 SECONDS = 120
 
 
@@ -407,16 +406,14 @@ def row_of(seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop early; the same command goes on")
     options = parser.parse_args()
     import time
 
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "hostile-onnx.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = read_results("hostile-onnx", {"rows": []})["rows"]
     end = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as cache:
         os.environ["DK2PNET_CACHE"] = cache
@@ -427,7 +424,7 @@ def main() -> None:
                 break
             rows.append(row_of(seed))
             counts = Counter(row["outcome"] for row in rows)
-            path.write_text(json.dumps({"counts": dict(counts), "rows": rows}, indent=1) + "\n")
+            write_results("hostile-onnx", {"counts": dict(counts), "rows": rows})
             if rows[-1]["outcome"] == "defect":
                 print(rows[-1], flush=True)
     print(dict(Counter(row["outcome"] for row in rows)))

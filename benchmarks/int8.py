@@ -11,7 +11,6 @@ not made again. Writes benchmarks/results/int8-MODEL.json.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,38 +18,27 @@ from typing import Any
 from torch import nn
 
 import dk2pnet
+from common import network_parser, read_results, write_results
 from dk2pnet.deploy.costs import DENSE, LatencyTable, Spot, gathered
 from dk2pnet.pipelines.inputs import environment, pick_device
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS = ((16, 32), (32, 16), (64, 8), (64, 56), (128, 28), (256, 14), (512, 7))
 TARGETS = ("onnxruntime", "onnxruntime-int8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--budgets", nargs="+", default=["latency=0.6", "latency=0.8"])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"int8-{options.model}.json"
-    result: dict[str, Any] = {"model": options.model, "data": options.data, "networks": [], "layers": []}
-    if path.exists():
-        result = json.loads(path.read_text())
+    name = f"int8-{options.model}"
+    result = read_results(name, {"model": options.model, "data": options.data, "networks": [], "layers": []})
     result["environment"] = environment(pick_device("cpu"))
-
-    def save() -> None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
     if not result["layers"]:
         result["threads"] = options.threads
         result["layers"] = layers(options.threads)
-        save()
+        write_results(name, result)
     for target in TARGETS:
         for budget in options.budgets:
             if any((row["target"], row["budget"]) == (target, budget) for row in result["networks"]):
@@ -61,7 +49,7 @@ def main() -> None:
             except dk2pnet.InputError as error:
                 row["refused"] = str(error)
             result["networks"].append(row)
-            save()
+            write_results(name, result)
             print(result["networks"][-1], flush=True)
 
 

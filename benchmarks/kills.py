@@ -9,7 +9,6 @@ are changed, and both runs have to end alike too. Writes benchmarks/results/kill
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -20,9 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import plain_parser, write_results
 from dk2pnet.pipelines.inputs import environment, pick_device
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def command(out: Path, epochs: int, threads: int) -> list[str]:
@@ -98,7 +96,7 @@ def damaged(call: list[str], out: Path, damage: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -140,8 +138,7 @@ def main() -> None:
         for each in (result["again"], result["killed"], result["cut"]["weights"], result["changed"]["weights"])
     )
     result |= environment(pick_device("auto"))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "kills.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results("kills", result)
     print(f"{len(kills)} kills; weights identical: {result['identical']}")
 
 

@@ -15,17 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import dk2pnet
+from common import plain_parser, write_results
 from dk2pnet.measure import predict
 from dk2pnet.models import make_network
 from dk2pnet.pipelines.inputs import environment
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 16
 
 
@@ -42,7 +41,7 @@ class RandomImages:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["torchvision/resnet50", "torchvision/vgg16_bn"])
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--criterion", default="response")
@@ -53,7 +52,6 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one, options.images, options.criterion, options.budget, options.rebuild)))
         return
-    RESULTS.mkdir(exist_ok=True)
     rows = []
     for model in options.models:
         arguments = ["--one", model, "--images", str(options.images)]
@@ -65,7 +63,7 @@ def main() -> None:
         rows.append(json.loads(output.splitlines()[-1]))
         print(json.dumps(rows[-1]), flush=True)
         result = {"rows": rows, **environment(torch.device("cpu"))}
-        (RESULTS / "large_layers.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_results("large_layers", result)
 
 
 def measure(name: str, images: int, criterion: str, budget: str, rebuild: bool) -> dict:

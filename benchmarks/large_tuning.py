@@ -7,7 +7,6 @@ Each batch size runs in a process of its own, so that the peak is its own. Write
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -15,10 +14,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from common import plain_parser, write_results
 from dk2pnet.measure import predict
 from dk2pnet.models import make_network
 from dk2pnet.pipelines.closed_form import ClosedForm
@@ -26,8 +25,6 @@ from dk2pnet.pipelines.images import user_images
 from dk2pnet.pipelines.inputs import Network, environment
 from dk2pnet.pipelines.tune import OPTIONS, Tuner
 from dk2pnet.plan import Budget
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure(model: str, steps: int, batch: int) -> dict:
@@ -65,7 +62,7 @@ def measure(model: str, steps: int, batch: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--model", default="torchvision/resnet18")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 32, 64])
@@ -90,7 +87,7 @@ def main() -> None:
         rows.append({"model": options.model, **json.loads(done.stdout.splitlines()[-1])})
         print(rows[-1], flush=True)
     result = {"rows": rows, "environment": environment(torch.device("cpu"))}
-    (RESULTS / "large_tuning.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_results("large_tuning", result)
 
 
 if __name__ == "__main__":

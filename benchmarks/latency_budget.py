@@ -10,40 +10,26 @@ Figures already in the JSON are not made again. Writes benchmarks/results/latenc
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import dk2pnet
+from common import network_parser, read_results, write_results
 from dk2pnet.pipelines.inputs import environment, pick_device
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--criterion", default="loss")
     parser.add_argument("--fractions", nargs="+", type=float, default=[0.6, 0.4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--probes", type=int, default=6)
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"latency_budget-{options.model}.json"
-    result: dict[str, Any] = {"model": options.model, "data": options.data, "rows": [], "probes": []}
-    if path.exists():
-        result = json.loads(path.read_text())
+    name = f"latency_budget-{options.model}"
+    result = read_results(name, {"model": options.model, "data": options.data, "rows": [], "probes": []})
     result["environment"] = environment(pick_device("cpu"))
-
-    def save() -> None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
     def run(budget: str, seed: int, rebuild: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +68,7 @@ def main() -> None:
             if ours is None:
                 ours = {"kind": "latency", "fraction": fraction, **run(f"latency={fraction:g}", seed, True)}
                 result["rows"].append(ours)
-                save()
+                write_results(name, result)
             if any(row["kind"] == "macs" for row in found):
                 continue
             low, high = 0.05, 1.0
@@ -95,7 +81,7 @@ def main() -> None:
                     low, asked = asked, (asked + high) / 2
                     continue
                 result["probes"].append({"fraction": fraction, **probe})
-                save()
+                write_results(name, result)
                 if best is None or abs(probe["latency"] - ours["latency"]) < abs(best["latency"] - ours["latency"]):
                     best = probe
                 if abs(probe["latency"] / ours["latency"] - 1) < 0.02:
@@ -105,7 +91,7 @@ def main() -> None:
             assert best is not None
             row = {"kind": "macs", "fraction": fraction, **run(best["budget"], seed, True)}
             result["rows"].append(row)
-            save()
+            write_results(name, result)
             print(fraction, seed, ours["accuracy"], ours["latency"], row["accuracy"], row["latency"], flush=True)
 
 

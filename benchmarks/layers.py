@@ -10,34 +10,29 @@ benchmarks/results/layers.json.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from common import plain_parser, read_results, write_results
 from dk2pnet.deploy.emit import plain_layer
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.deploy.onnx import onnx_bytes
 from dk2pnet.layer import DKConv2d
 from dk2pnet.pipelines.inputs import environment, pick_device
 
-RESULTS = Path(__file__).parent / "results"
 CHANNELS, SIZES, KERNELS, FORMS = (64, 128, 256, 512), (56, 28, 14, 7), (1, 2, 3), ("branches", "concat", "gathered")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--targets", nargs="+", default=["onnxruntime", "openvino"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--seconds", type=float, default=0.3)
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "layers.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    result = read_results("layers", {"rows": []})
     result["environment"] = environment(pick_device("cpu"))
     done = {tuple(row[key] for key in ("target", "threads", "batch", "channels", "size")) for row in result["rows"]}
     for target in options.targets:
@@ -50,7 +45,7 @@ def main() -> None:
                             row = dict(zip(("target", "threads", "batch", "channels", "size"), place, strict=True))
                             row |= measured(*place, options.seconds)
                             result["rows"].append(row)
-                            path.write_text(json.dumps(result, indent=1) + "\n")
+                            write_results("layers", result)
                             print(row, flush=True)
 
 

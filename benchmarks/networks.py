@@ -9,8 +9,6 @@ recorded with what was said. Rows already in the JSON are not made again. Writes
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -19,23 +17,21 @@ from typing import Any
 import torch
 
 import dk2pnet
+from common import plain_parser, read_results, write_results
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.models import make_network
 from dk2pnet.pipelines.inputs import environment, pick_device
 
-RESULTS = Path(__file__).parent / "results"
 BUDGETS = {"resnet18": (0.5, 0.25), "vgg16_bn": (0.7, 0.5, 0.25), "resnet50": (0.85, 0.5)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--only", nargs="+", default=list(BUDGETS))
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "networks.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    result = read_results("networks", {"rows": []})
     result["environment"] = environment(pick_device("cpu"))
     done = {(row["model"], row["budget"], row["threads"]) for row in result["rows"]}
     example = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -51,7 +47,7 @@ def main() -> None:
                     **measured(name, fraction, threads, example),
                 }
                 result["rows"].append(row)
-                path.write_text(json.dumps(result, indent=1) + "\n")
+                write_results("networks", result)
                 print(row, flush=True)
 
 

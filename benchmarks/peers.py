@@ -15,16 +15,15 @@ Rows already in the JSON are not made again; ``--one`` makes one and ends. Write
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dk2pnet
+from common import network_parser, read_results, write_results
 from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.calibration.statistics import reestimate_batch_norm
 from dk2pnet.convert import Convolution, copy_model, find_convolutions, replace_modules
@@ -42,7 +41,6 @@ from dk2pnet.pipelines.speed import choose_forms
 from dk2pnet.training.trainer import TrainingOptions
 from peer_methods import channel_pca, cp, gdws, gdws_weights, pruned, spatial_svd, tucker
 
-RESULTS = Path(__file__).parent / "results"
 METHODS = (
     "ours, loss",
     "ours, response",
@@ -206,21 +204,13 @@ def _has_dk(model: nn.Module) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--one", action="store_true", help="make one missing row, then end")
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"peers-{options.model}.json"
-    result: dict[str, Any] = {"model": options.model, "data": options.data, "fine_tuning": STEPS, "rows": []}
-    if path.exists():
-        result = json.loads(path.read_text())
+    name = f"peers-{options.model}"
+    result = read_results(name, {"model": options.model, "data": options.data, "fine_tuning": STEPS, "rows": []})
     result["environment"] = environment(pick_device("cpu"))
     done = {(row["method"], row["budget"]) for row in result["rows"]}
     missing = [(m, b) for b in options.budgets for m in options.methods if (m, b) not in done]
@@ -245,7 +235,7 @@ def main() -> None:
         }
         row["after"] = harness.finetuned(student)
         result["rows"].append(row)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_results(name, result)
         print(row, flush=True)
 
 

@@ -15,8 +15,8 @@ are not made again. Writes benchmarks/results/peers_tuned-MODEL.json.
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import Rows, network_parser
 from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.data import split_training
 from dk2pnet.decompose.whiten import Whitening
@@ -34,7 +35,7 @@ from dk2pnet.pipelines.images import named_images
 from dk2pnet.pipelines.inputs import environment, load_data, open_network, pick_device
 from dk2pnet.pipelines.tune import OPTIONS, Tuner
 from dk2pnet.training.whitened import whitening_of
-from peers import METHODS, RESULTS, Harness
+from peers import METHODS, Harness
 
 RATES = (3e-3, 1e-2)
 FURTHER = {1e-2: 3e-2, 3e-2: 1e-1, 3e-3: 1e-3, 1e-3: 3e-4, 3e-4: 1e-4}
@@ -103,37 +104,19 @@ class Tuned(Harness):
         }
 
 
-class Results:
-    """Rows of one network; read again before each change, as several processes may add to them."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.path = RESULTS / f"peers_tuned-{options.model}.json"
-        self.model = options.model
-
-    def rows(self) -> list[dict[str, Any]]:
-        return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        return next((row for row in self.rows() if all(row[name] == value for name, value in key.items())), None)
-
-    def add(self, row: dict[str, Any], teacher: float) -> None:
-        rows = sorted([*self.rows(), row], key=lambda r: (r["budget"], r["method"], r["bn"], r["lr"]))
-        result = {"model": self.model, "steps": STEPS, "teacher_accuracy": teacher, "rows": rows}
-        result["environment"] = environment(pick_device("cpu"))
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(self.path)
+def _key(row: Mapping[str, Any]) -> tuple:
+    return row["budget"], row["method"], row["bn"], row["lr"]
 
 
-def explore(harness: Tuned, results: Results, name: str, budget: float, teacher: float) -> None:
+def explore(harness: Tuned, results: Rows, name: str, budget: float, about: Mapping[str, Any]) -> None:
     """All rows of one method at one budget."""
     method, whitened = ROWS[name]
 
     def row(rate: float, batch_norm: str) -> dict[str, Any]:
         key = {"method": name, "budget": budget, "lr": rate, "bn": batch_norm}
-        known = results.find(**key)
-        if known is not None:
-            return known
+        known = [found for found in results.read() if _key(found) == _key(key)]
+        if known:
+            return known[0]
         student = harness.start(method, budget)
         size = {"macs_kept": macs(student, harness.example) / harness.total, "parameters": parameters(student)}
         found = key | size
@@ -142,7 +125,7 @@ def explore(harness: Tuned, results: Results, name: str, budget: float, teacher:
             student = harness.tuned(student, rate, batch_norm, whitened)
             found["seconds"] = time.perf_counter() - began
         found |= harness.figures(student)
-        results.add(found, teacher)
+        results.add(found, about)
         print(found, flush=True)
         return found
 
@@ -158,22 +141,18 @@ def explore(harness: Tuned, results: Results, name: str, budget: float, teacher:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--runs", required=True, help="folder for the students before tuning")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.15])
     parser.add_argument("--methods", nargs="+", default=list(ROWS), choices=list(ROWS))
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    harness, results = Tuned(options), Results(options)
+    harness, results = Tuned(options), Rows(f"peers_tuned-{options.model}", _key)
     teacher = accuracy(predict(harness.teacher, harness.test))
+    about = {"model": options.model, "steps": STEPS, "teacher_accuracy": teacher}
+    about["environment"] = environment(pick_device("cpu"))
     for budget in options.budgets:
         for name in options.methods:
-            explore(harness, results, name, budget, teacher)
+            explore(harness, results, name, budget, about)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ benchmarks/results/points-MODEL.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import torch
 
+from common import network_parser, write_results
 from dk2pnet.errors import InputError
 from dk2pnet.estimates import estimate
 from dk2pnet.measure import accuracy, predict
@@ -26,8 +26,6 @@ from dk2pnet.pipelines.inputs import batch_size_for, environment, silent
 from dk2pnet.pipelines.prepare import prepare
 from dk2pnet.pipelines.search import Probe, Prober, smallest
 from dk2pnet.plan import Budget
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Shared:
@@ -52,12 +50,7 @@ class Shared:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--drops", nargs="+", type=float, default=[0.5, 1.0, 2.0])
     options = parser.parse_args()
@@ -132,7 +125,7 @@ def main() -> None:
                     "rows": rows,
                     "environment": environment(cpu),
                 }
-                (RESULTS / f"points-{options.model}.json").write_text(json.dumps(result, indent=1) + "\n")
+                write_results(f"points-{options.model}", result)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from common import plain_parser, write_results
 from dk2pnet import processes
 from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.data import Normalization, load
@@ -27,7 +28,6 @@ from dk2pnet.decompose.moments import Moments
 from dk2pnet.models import make_network
 from dk2pnet.pipelines.inputs import environment, pick_device
 
-RESULTS = Path(__file__).parent / "results"
 IMAGES = 1200
 
 
@@ -85,7 +85,7 @@ def accuracy(folder: Path, seed: int, epochs: int, together: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -103,8 +103,7 @@ def main() -> None:
             rows[-1]["spread"] = statistics.stdev(found) if len(found) > 1 else None
             print(rows[-1], flush=True)
     result = {"moments": moments, "training": rows, **environment(pick_device("cpu"))}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "processes.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results("processes", result)
 
 
 if __name__ == "__main__":

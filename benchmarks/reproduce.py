@@ -10,14 +10,12 @@ kill and skipped once done. Writes benchmarks/results/reproduce-SCHEDULE.json.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from dk2pnet.pipelines.folders import write_json
+from common import plain_parser, write_results
 from dk2pnet.pipelines.reproduce import METHODS, reproduce
 
-RESULTS = Path(__file__).parent / "results"
 SCHEDULES: dict[str, dict[str, Any]] = {
     "mnist": {"student": "dk2pnet-8x16", "epochs": 3, "teacher_epochs": 3},
     "svhn_10k": {"epochs": 15, "teacher_epochs": 20},
@@ -27,7 +25,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("schedule", choices=list(SCHEDULES))
     parser.add_argument("--weights", help="of the teacher, where the schedule names one")
     parser.add_argument("--data-dir", default=None)
@@ -47,9 +45,7 @@ def main() -> None:
     )
     if results["settings"]["teacher_weights"]:  # without its folder, which is another one on every machine
         results["settings"]["teacher_weights"] = Path(results["settings"]["teacher_weights"]).name
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"reproduce-{options.schedule}.json"
-    write_json(path, results)
+    write_results(f"reproduce-{options.schedule}", results)
 
 
 if __name__ == "__main__":

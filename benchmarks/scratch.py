@@ -8,18 +8,17 @@ Writes benchmarks/results/scratch.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
 import yaml
 
-RESULTS = Path(__file__).parent / "results"
+from common import plain_parser, write_results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("out", type=Path, help="a folder that dk2pnet train wrote")
     out = parser.parse_args().out
     metrics = json.loads((out / "metrics.json").read_text())
@@ -29,8 +28,7 @@ def main() -> None:
     row |= {key: metrics["network"][key] for key in ("accuracy", "validation_accuracy", "parameters", "macs")}
     row["images_per_second"] = statistics.median(line["images_per_second"] for line in log)
     result = {"rows": [row], **{key: metrics["run"][key] for key in ("versions", "hardware")}}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "scratch.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_results("scratch", result)
 
 
 if __name__ == "__main__":

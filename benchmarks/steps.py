@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from common import plain_parser, read_results, write_results
 from dk2pnet.convert import replace_modules
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.layer import DKConv2d
@@ -31,7 +32,6 @@ from dk2pnet.pipelines.inputs import environment, pick_device
 from dk2pnet.training import trainer
 from dk2pnet.training.trainer import TrainingOptions, train
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = 8
 METHODS = ("kd", "kp-channel", "kp-position", "kp-unit", "kp-class", "euclidean", "at")
 RECIPES = {  # precision, layout, torch.compile
@@ -192,7 +192,7 @@ def augmentation() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
     parts = {"methods": methods, "recipes": recipes, "forms": forms, "memory": memory, "augmentation": augmentation}
@@ -203,15 +203,13 @@ def main() -> None:
     if options.peak:
         print(peak(options.peak))
         return
-    path = RESULTS / "steps.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
+    result = read_results("steps", {})
     for part in options.only:
         print(part, flush=True)
         rows = parts[part](options.rounds) if part in ("methods", "recipes", "forms") else parts[part]()
         result[part] = {"rows": rows, **environment(device)}
         print(json.dumps(rows, indent=1), flush=True)
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_results("steps", result)
 
 
 if __name__ == "__main__":

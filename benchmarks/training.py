@@ -10,17 +10,15 @@ FOLDER, also those that are not finished, to benchmarks/results/training-MODEL.j
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
 import dk2pnet
+from common import network_parser, write_results
 from dk2pnet.pipelines.train import train_network
 from dk2pnet.training.losses import METHODS
 from dk2pnet.training.trainer import TrainingOptions
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -59,18 +57,11 @@ def collect(runs: Path, model: str) -> dict:
 
 def record(runs: Path, model: str) -> None:
     """Write the rows of this model."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"training-{model}.json"
-    path.write_text(json.dumps(collect(runs, model), indent=1) + "\n", encoding="utf-8")
+    write_results(f"training-{model}", collect(runs, model))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
+    parser = network_parser(__doc__)
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--budgets", nargs="*", default=["macs=0.25", "macs=0.15"])
     parser.add_argument("--methods", nargs="+", default=["kp-channel", "kd", "euclidean"], choices=list(METHODS))

@@ -15,15 +15,16 @@ benchmarks/results/tuning-PART-MODEL.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common import Rows, network_parser
 from dk2pnet.data import calibration_split, split_training
 from dk2pnet.measure import accuracy, agreement, divergence, macs, predict
 from dk2pnet.pipelines.clock import Clock
@@ -33,7 +34,6 @@ from dk2pnet.pipelines.inputs import environment, load_data, open_network
 from dk2pnet.pipelines.tune import OPTIONS, Tuner
 from dk2pnet.plan import Budget
 
-RESULTS = Path(__file__).parent / "results"
 KEYS = (
     "budget",
     "seed",
@@ -83,8 +83,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        RESULTS.mkdir(exist_ok=True)
-        self.path = RESULTS / f"tuning-{options.part}-{options.model}.json"
+        self.rows = Rows(f"tuning-{options.part}-{options.model}", _key, lambda row: str(_key(row)))
         self.training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
         self.test = load_data(options.data, "test", options.model, data_dir=options.data_dir)
         assert self.training is not None
@@ -103,9 +102,6 @@ class Bench:
         self.answers = predict(self.teacher, self.validation)
         self.teacher_accuracy = accuracy(predict(self.teacher, self.test_batches))
         self.solved: dict[tuple, tuple[Images, Any, Solved, float]] = {}  # the last one only
-
-    def rows(self) -> list[dict]:
-        return json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 
     def images(self, row: dict) -> Images:
         images = named_images(self.training, None, self.network, row["images"])
@@ -176,20 +172,11 @@ class Bench:
         return found
 
     def record(self, row: dict) -> None:
-        """Read again first: another process may have added rows."""
-        rows = [other for other in self.rows() if _key(other) != _key(row)] + [row]
-        result = {
-            "model": self.options.model,
-            "teacher_accuracy": self.teacher_accuracy,
-            "rows": sorted(rows, key=lambda each: str(_key(each))),
-            "environment": environment(self.cpu),
-        }
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(self.path)
+        about = {"model": self.options.model, "teacher_accuracy": self.teacher_accuracy}
+        self.rows.add(row, {**about, "environment": environment(self.cpu)})
 
 
-def _key(row: dict) -> tuple:
+def _key(row: Mapping[str, Any]) -> tuple:
     return tuple(row[name] for name in KEYS)
 
 
@@ -213,13 +200,8 @@ def wanted(options: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = network_parser(__doc__)
     parser.add_argument("part", choices=("budgets", "losses", "images"))
-    parser.add_argument("--model", default="resnet32")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--normalize", default="imagenet")
     parser.add_argument("--runs", required=True, help="folder for closed forms")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.15])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -230,7 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(options)
     for row in wanted(options):
-        if _key(row) in {_key(other) for other in bench.rows()}:
+        if _key(row) in {_key(other) for other in bench.rows.read()}:
             continue
         row |= bench.run(row)
         bench.record(row)
