@@ -18,6 +18,7 @@ from dk2pnet.pipelines.reproduce import METHODS, reproduce
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "mnist": {"student": "dk2pnet-8x16", "epochs": 3, "teacher_epochs": 3},
+    "mnist_long": {"data": "mnist", "epochs": 30, "teacher_epochs": 20},
     "svhn_10k": {"epochs": 15, "teacher_epochs": 20},
     "cifar10": {"student": "dk2pnet-20x24", "epochs": 3, "teacher": "resnet32", "normalize": "imagenet"},
     "cifar10_long": {"data": "cifar10", "epochs": 26, "teacher": "resnet44", "normalize": "imagenet"},

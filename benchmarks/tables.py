@@ -22,7 +22,6 @@ from dk2pnet.pipelines.reproduce import SETUPS
 from dk2pnet.report.curve import CURVE_HEADER, curve_rows
 from dk2pnet.report.reproduction import (
     REPRODUCTION_HEADER,
-    paired_sentence,
     reproduction_rows,
     write_figure,
 )
@@ -602,12 +601,11 @@ def setups() -> str:
 
 
 def reproduction(name: str) -> Callable[[], str]:
-    """The table, the paired difference, and the commands for what is missing."""
+    """The table, and the commands for what is missing."""
 
     def table() -> str:
         found = read(f"reproduce-{name}")
         parts = [markdown_table(REPRODUCTION_HEADER, reproduction_rows(found))]
-        parts += [paired_sentence(found)] if found["paired"] else []
         if found["continue"]:
             parts += ["Not run yet:", "\n".join(f"    {command}" for command in found["continue"])]
         return "\n\n".join(parts)

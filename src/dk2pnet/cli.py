@@ -477,7 +477,7 @@ def reproduce(
 ) -> None:
     """Repeat the paper's experiment on a data set: teacher, student, every method; a table that grows over days."""
     from dk2pnet.pipelines.reproduce import reproduce as run
-    from dk2pnet.report.reproduction import REPRODUCTION_HEADER, paired_sentence, reproduction_rows
+    from dk2pnet.report.reproduction import REPRODUCTION_HEADER, reproduction_rows
     from dk2pnet.report.tables import rich_table
 
     options = {**context.params, "methods": methods or (), "seeds": seeds or (0, 1, 2)}
@@ -486,8 +486,6 @@ def reproduce(
     if not is_main():
         return
     console.print(rich_table(data, REPRODUCTION_HEADER, reproduction_rows(results)))
-    if results["paired"]:
-        console.print(paired_sentence(results), highlight=False, soft_wrap=True)
     for command in results["continue"]:
         console.print(f"Not run yet: {command}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"Written to {out}: results.md, results.json, figure.svg")

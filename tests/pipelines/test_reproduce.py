@@ -48,16 +48,10 @@ def test_the_teacher_first_then_every_method_and_seed(trained, tmp_path):
 def test_mean_spread_and_paired_difference(trained, tmp_path):
     # kd: 81 + seed, kp+kd: 82 + seed -> always +1; seeds 0, 1, 2 spread by 1.
     results = reproduce("mnist", tmp_path / "out", methods=["kd", "kp+kd"])
-    kd = next(row for row in results["rows"] if row["method"] == "kd")
+    kd, kp = results["rows"]
     assert (kd["accuracy"], kd["spread"], kd["seeds"]) == (pytest.approx(82), pytest.approx(1), 3)
-    assert results["paired"] == {
-        "first": "kp+kd",
-        "second": "kd",
-        "difference": 1.0,
-        "low": 1.0,
-        "high": 1.0,
-        "seeds": [0, 1, 2],
-    }
+    assert kd["against_kd"] is None
+    assert kp["against_kd"] == {"difference": 1.0, "low": 1.0, "high": 1.0, "seeds": [0, 1, 2]}
 
 
 def test_interval_of_the_paired_difference():

@@ -7,7 +7,6 @@ import pytest
 from dk2pnet.report.reproduction import (
     PUBLISHED,
     REPRODUCTION_HEADER,
-    paired_sentence,
     reproduction_figure,
     reproduction_rows,
     write_reproduction,
@@ -25,10 +24,15 @@ RESULTS = {
     "teacher": {"accuracy": 99.6, "parameters": 269_434, "macs": 31_000_000},
     "student": {"parameters": 14_650, "macs": 1_900_000},
     "rows": [
-        {"method": "labels", "accuracy": 99.1, "spread": None, "seeds": 1},
-        {"method": "kp+kd", "accuracy": 99.512, "spread": 0.034, "seeds": 3},
+        {"method": "labels", "accuracy": 99.1, "spread": None, "seeds": 1, "against_kd": None},
+        {
+            "method": "kp+kd",
+            "accuracy": 99.512,
+            "spread": 0.034,
+            "seeds": 3,
+            "against_kd": {"difference": 0.2, "low": -0.1, "high": 0.5, "seeds": [0, 1, 2]},
+        },
     ],
-    "paired": {"first": "kp+kd", "second": "kd", "difference": 0.2, "low": -0.1, "high": 0.5, "seeds": [0, 1, 2]},
     "continue": ["dk2pnet reproduce mnist --out OUT --method kd --seed 0"],
 }
 
@@ -36,10 +40,11 @@ RESULTS = {
 def test_rows():
     rows = reproduction_rows(RESULTS)
     assert all(len(row) == len(REPRODUCTION_HEADER) for row in rows)
-    assert rows[0] == ("teacher (resnet20)", "labels", "269,434", "31.0 M", "–", "99.60", "0.40")
-    assert rows[1] == ("dk2pnet-14x12", "labels only", "14,650", "1.90 M", "1", "99.10", "0.90")
-    assert rows[2] == ("dk2pnet-14x12", "KP + KD", "14,650", "1.90 M", "3", "99.51 ± 0.03", "0.49")
-    assert rows[4] == ("FitNets' student", "published", "30,000", "–", "–", "99.49", "0.51")
+    against = "+0.20 (-0.10 to +0.50)"
+    assert rows[0] == ("teacher (resnet20)", "labels", "269,434", "31.0 M", "–", "99.60", "0.40", "–")
+    assert rows[1] == ("dk2pnet-14x12", "labels only", "14,650", "1.90 M", "1", "99.10", "0.90", "–")
+    assert rows[2] == ("dk2pnet-14x12", "KP + KD", "14,650", "1.90 M", "3", "99.51 ± 0.03", "0.49", against)
+    assert rows[4] == ("FitNets' student", "published", "30,000", "–", "–", "99.49", "0.51", "–")
     assert len(rows) == 3 + len(PUBLISHED["mnist"])
 
 
@@ -49,18 +54,12 @@ def test_a_data_set_of_which_nothing_is_published():
     assert len(reproduction_rows(results)) == 3
 
 
-def test_sentence_of_the_paired_difference():
-    sentence = "KP + KD against KD, 3 paired seeds: +0.20 points (95 % interval -0.10 to +0.50)."
-    assert paired_sentence(RESULTS) == sentence
-    assert paired_sentence(RESULTS | {"paired": None}) == ""
-
-
 def test_files(tmp_path):
     write_reproduction(RESULTS, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "Students: 60 epochs at learning rate 0.1; test accuracy of the last epoch." in text
     assert "99.51 ± 0.03" in text
-    assert paired_sentence(RESULTS) in text
+    assert "+0.20 (-0.10 to +0.50)" in text
     assert "    dk2pnet reproduce mnist --out OUT --method kd --seed 0" in text
     assert {path.name for path in tmp_path.iterdir()} == {"results.md", "figure.svg"}
     before = (tmp_path / "figure.svg").read_bytes()
@@ -69,7 +68,7 @@ def test_files(tmp_path):
 
 
 def test_before_any_run_there_is_a_page_and_no_figure(tmp_path):
-    write_reproduction(RESULTS | {"teacher": None, "student": None, "rows": [], "paired": None}, tmp_path)
+    write_reproduction(RESULTS | {"teacher": None, "student": None, "rows": []}, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"results.md"}
     assert "figure.svg" not in (tmp_path / "results.md").read_text()
 

@@ -214,7 +214,6 @@ def _collected(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         "student": network and {key: network[key] for key in sizes},
         "runs": runs,
         "rows": [row for name in METHODS if (row := _row(name, runs)) is not None],
-        "paired": _paired(runs, "kp+kd", "kd"),
         "continue": _continuing(settings, runs),
         **environment,
     }
@@ -231,12 +230,13 @@ def _time_of(folder: Path) -> dict[str, float]:
 
 
 def _row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """A method's mean and standard deviation over its seeds, of the last epoch's test accuracy."""
+    """A method's mean and standard deviation over its seeds, of the last epoch's test accuracy, and it beside KD."""
     found = [run["accuracy"] for run in runs if run["method"] == name and run["accuracy"] is not None]
     if not found:
         return None
     spread = stdev(found) if len(found) > 1 else None
-    return {"method": name, "accuracy": mean(found), "spread": spread, "seeds": len(found)}
+    row = {"method": name, "accuracy": mean(found), "spread": spread, "seeds": len(found)}
+    return row | {"against_kd": None if name == "kd" else _paired(runs, name, "kd")}
 
 
 def _paired(runs: Sequence[Mapping[str, Any]], first: str, second: str) -> dict[str, Any] | None:
@@ -248,14 +248,7 @@ def _paired(runs: Sequence[Mapping[str, Any]], first: str, second: str) -> dict[
     differences = [by_seed[first, seed] - by_seed[second, seed] for seed in seeds]
     middle = mean(differences)
     reach = float(student_t.ppf(0.975, len(seeds) - 1)) * stdev(differences) / len(seeds) ** 0.5
-    return {
-        "first": first,
-        "second": second,
-        "difference": middle,
-        "low": middle - reach,
-        "high": middle + reach,
-        "seeds": seeds,
-    }
+    return {"difference": middle, "low": middle - reach, "high": middle + reach, "seeds": seeds}
 
 
 def _continuing(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[str]:

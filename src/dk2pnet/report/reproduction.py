@@ -15,7 +15,6 @@ from dk2pnet.report.tables import DASH, format_count, markdown_table
 __all__ = [
     "PUBLISHED",
     "REPRODUCTION_HEADER",
-    "paired_sentence",
     "reproduction_figure",
     "reproduction_rows",
     "write_figure",
@@ -63,21 +62,26 @@ _TICKS = (1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7, 3e7)
 _OTHERS, _TEACHER = "#8a94a0", "#1c2126"
 _SHOWN = {"labels": "#b4c4d4", "kd": "#6f9fcb", "kp+kd": "#2a6fb0", "kp-falling+kd": "#123f6b"}  # what the figure shows
 
-REPRODUCTION_HEADER = ("network", "taught by", "parameters", "MACs", "seeds", "test %", "error %")
+AGAINST_KD = "Against KD: points above it with the same seeds, and the 95 % interval of their mean."
+REPRODUCTION_HEADER = ("network", "taught by", "parameters", "MACs", "seeds", "test %", "error %", "against KD")
 
 
 def reproduction_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The teacher, the student by each method, then the figures of others, under `REPRODUCTION_HEADER`."""
+    """The teacher, the student by each method, then the figures of others, under `REPRODUCTION_HEADER`.
+
+    The last column has a dash below two seeds that both methods have.
+    """
     settings, rows = results["settings"], []
     if results["teacher"]:
         figures = results["teacher"]
-        rows.append((f"teacher ({settings['teacher']})", "labels", *_sizes(figures), DASH, *_accuracy(figures)))
+        rows.append((f"teacher ({settings['teacher']})", "labels", *_sizes(figures), DASH, *_accuracy(figures), DASH))
     for row in results["rows"]:
         who = (settings["student"], _NAMES[row["method"]])
-        rows.append((*who, *_sizes(results["student"]), str(row["seeds"]), *_accuracy(row)))
+        figures = (*_sizes(results["student"]), str(row["seeds"]), *_accuracy(row))
+        rows.append((*who, *figures, _against(row["against_kd"])))
     for each in PUBLISHED.get(settings["data"], ()):
         figures = (f"{each.accuracy:.2f}", f"{100 - each.accuracy:.2f}")
-        rows.append((each.name, "published", format_count(each.parameters), DASH, DASH, *figures))
+        rows.append((each.name, "published", format_count(each.parameters), DASH, DASH, *figures, DASH))
     return rows
 
 
@@ -92,15 +96,8 @@ def _accuracy(figures: Mapping[str, Any]) -> tuple[str, str]:
     return f"{figures['accuracy']:.2f}{spread}", f"{100 - figures['accuracy']:.2f}"
 
 
-def paired_sentence(results: Mapping[str, Any]) -> str:
-    """What the two methods differ by, seed by seed; empty where fewer than two seeds have both."""
-    paired = results["paired"]
-    if paired is None:
-        return ""
-    return (
-        f"{_NAMES[paired['first']]} against {_NAMES[paired['second']]}, {len(paired['seeds'])} paired seeds: "
-        f"{paired['difference']:+.2f} points (95 % interval {paired['low']:+.2f} to {paired['high']:+.2f})."
-    )
+def _against(paired: Mapping[str, Any] | None) -> str:
+    return f"{paired['difference']:+.2f} ({paired['low']:+.2f} to {paired['high']:+.2f})" if paired else DASH
 
 
 def write_reproduction(results: Mapping[str, Any], folder: Path) -> None:
@@ -109,9 +106,9 @@ def write_reproduction(results: Mapping[str, Any], folder: Path) -> None:
     schedule = f"{settings['epochs']} epochs at learning rate {settings['learning_rate']:g}"
     if settings["images"]:
         schedule += f" on {settings['images']:,} images of the training split"
-    lines = [f"# {settings['data']}", "", f"Students: {schedule}; test accuracy of the last epoch.", ""]
+    said = f"Students: {schedule}; test accuracy of the last epoch. {AGAINST_KD}"
+    lines = [f"# {settings['data']}", "", said, ""]
     lines += [markdown_table(REPRODUCTION_HEADER, reproduction_rows(results)), ""]
-    lines += [paired_sentence(results), ""] if results["paired"] else []
     lines += ["![accuracy against parameters](figure.svg)"] if results["rows"] else []
     if results["continue"]:
         lines += ["", "Not run yet:", "", *(f"    {command}" for command in results["continue"])]
