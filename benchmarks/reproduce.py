@@ -3,9 +3,9 @@
     python benchmarks/reproduce.py mnist --data-dir DATA --runs FOLDER [--method kd ...] [--seed 0 ...]
     python benchmarks/reproduce.py cifar10 --weights resnet32.th ...       (a teacher trained by others)
 
-A schedule has the name of its data set, and `cifar10_long` is one more. They are short: what two CPU cores can do in
-some hours. The full ones are those of the command without options. Runs lie in FOLDER/SCHEDULE, are resumed after a
-kill and skipped once done. Writes benchmarks/results/reproduce-SCHEDULE.json.
+A schedule has the name of its data set, or begins with it. They are short, what two CPU cores can do in some hours; but
+`mnist_full` is that of the command without options (half an hour of a core for each student). Runs lie in
+FOLDER/SCHEDULE, are resumed after a kill and skipped once done. Writes benchmarks/results/reproduce-SCHEDULE.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dk2pnet.pipelines.reproduce import METHODS, reproduce
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "mnist": {"student": "dk2pnet-8x16", "epochs": 3, "teacher_epochs": 3},
-    "mnist_long": {"data": "mnist", "epochs": 30, "teacher_epochs": 20},
+    "mnist_full": {"data": "mnist"},
     "svhn_10k": {"epochs": 15, "teacher_epochs": 20},
     "cifar10": {"student": "dk2pnet-20x24", "epochs": 3, "teacher": "resnet32", "normalize": "imagenet"},
     "cifar10_long": {"data": "cifar10", "epochs": 26, "teacher": "resnet44", "normalize": "imagenet"},

@@ -33,6 +33,13 @@ def test_a_drop_is_what_only_the_teacher_gets_right_less_what_only_the_student_d
     assert found.half_width == pytest.approx(196 * error)
 
 
+def test_the_output_error_of_one_number_per_image_is_that_of_a_row_of_one():
+    teacher, student = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 2.0])
+    flat = output_error(Predictions([teacher], None), Predictions([student], None))
+    assert flat == output_error(Predictions([teacher[:, None]], None), Predictions([student[:, None]], None))
+    assert flat.value == pytest.approx(1 / 14)
+
+
 def test_the_images_needed_are_those_of_the_formula():
     found = accuracy_drop(*pair(40, 10, 950))
     assert found.images_needed(1.0) == math.ceil(1.96**2 / 0.01**2 * 0.05)

@@ -31,8 +31,34 @@ def dk(counts, outputs=8, groups=1, bias=True, stride=1):
 
 # -- counts ------------------------------------------------------------------------------------------------------------
 
+
+class Tokens(nn.Module):
+    """The 3 pixels of a (4, 1, 3) image as tokens of 4 numbers, for a layer that takes a sequence."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            return self.layer(tokens, tokens, tokens, need_weights=False)[0]
+        return self.layer(tokens)[0] if isinstance(self.layer, nn.RNNBase) else self.layer(tokens)
+
+
+ATTENTION = 3 * 4 * 12 + 2 * 3 * 3 * 4 + 3 * 4 * 4  # into queries, keys and values; both products; out of them
+
 # a network, the shape of its input, parameters, multiply-adds
 COUNTED = {
+    "attention": (Tokens(nn.MultiheadAttention(4, 2, batch_first=True)), (4, 1, 3), 4 * 12 + 12 + 20, ATTENTION),
+    "transformer": (
+        Tokens(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)),
+        (4, 1, 3),
+        80 + 2 * 8 + 4 * 8 + 8 + 8 * 4 + 4,
+        ATTENTION + 2 * 3 * 4 * 8,
+    ),
+    "LSTM": (Tokens(nn.LSTM(4, 5, batch_first=True)), (4, 1, 3), 20 * (4 + 5 + 2), 3 * 20 * (4 + 5)),
+    "GRU": (Tokens(nn.GRU(4, 5, batch_first=True)), (4, 1, 3), 15 * (4 + 5 + 2), 3 * 15 * (4 + 5)),
     "convolution": (nn.Conv2d(3, 8, 3, padding=1), (3, 6, 6), 8 * 3 * 9 + 8, 36 * 8 * 3 * 9),
     "strided": (nn.Conv2d(3, 8, 3, 2, 1, bias=False), (3, 7, 7), 216, 16 * 216),
     "no padding": (nn.Conv2d(3, 8, (3, 5), bias=False), (3, 6, 8), 360, 4 * 4 * 360),

@@ -38,7 +38,8 @@ class Convolution:
 
     @property
     def shape(self) -> str:
-        """Output channels x input channels per group x kernel, then stride and groups where they are not 1."""
+        """The weight's shape (output channels x input channels per group x kernel, the first two the other way round
+        where it is transposed), then stride and groups where they are not 1."""
         weight = self.module.weight.shape  # type: ignore[union-attr]
         text = "x".join(map(str, weight))
         stride, groups = self.module.stride, self.module.groups
@@ -81,7 +82,8 @@ def find_convolutions(
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         site = found[module]
         site.calls += 1
-        site.positions += output[:, 0].numel() // len(example)
+        each = args[0] if site.module.transposed else output  # where the kernel is put
+        site.positions += each[:, 0].numel() // len(example)
         site.activation = max(site.activation, (args[0].numel() + output.numel()) // len(example))
         if args[0].dim() == 4:
             site.input_size = (args[0].shape[2], args[0].shape[3])

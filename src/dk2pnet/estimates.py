@@ -103,7 +103,7 @@ def output_error(teacher: Predictions, student: Predictions) -> Estimate:
 
 
 def _per_image(x: Tensor) -> Tensor:
-    return x.double().square().flatten(1).sum(1)
+    return x.double().square().reshape(len(x), -1).sum(1)
 
 
 def _answers(predictions: Predictions) -> Tensor:

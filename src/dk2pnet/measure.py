@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dk2pnet.errors import InputError
@@ -39,9 +40,29 @@ def macs(model: nn.Module, example: Tensor) -> int:
 
     `example` is ``(1, C, H, W)``. Counted by PyTorch's own flop counter, which counts a multiply-add as two.
     """
-    with use_form(model, "branches"), evaluation(model), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with use_form(model, "branches"), evaluation(model), _plain_kernels(model), counter:
         model(example[:1])
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Attention and recurrent layers as the products that they consist of: the counter does not see into fused ones."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ()
+    enabled = [library.enabled for library in libraries]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for library in libraries:
+            library.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for library, before in zip(libraries, enabled, strict=True):
+            library.enabled = before
 
 
 @contextmanager

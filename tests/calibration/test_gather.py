@@ -507,3 +507,53 @@ def test_no_images_is_an_input_error(gradients):
     with pytest.raises(InputError, match="no calibration images"):
         gathered(net, [], gradients=gradients)
     assert_untouched(net, before)
+
+
+@pytest.mark.parametrize("padding", [(1, 2), "same", "valid"])
+def test_a_convolution_that_was_dilated_after_it_was_made_gets_its_present_patches(padding):
+    """As backbones for segmentation are: the layer remembers the padding that it was made with."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, 3, padding=padding, bias=False)
+    conv.dilation = (2, 2)
+    if padding == (1, 2):
+        conv.padding = (2, 2)
+    x = images()[:, :2]
+    y = conv(x)
+    found = input_patches(conv, x)[:, 0] @ conv.weight.flatten(1).T
+    torch.testing.assert_close(found.view(len(x), *y.shape[2:], 3).permute(0, 3, 1, 2), y)
+
+
+class Frozen(nn.Module):
+    """The usual fine-tuning of a head on a backbone that stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.backbone(x)
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+def test_a_layer_that_no_gradient_reaches_is_named():
+    net, x = Frozen(), images(4)
+    with pytest.raises(InputError, match=r"'backbone' without them .* --criterion response, or --keep backbone"):
+        gathered(net, [(x, None)], gradients=True)
+    without = list(gathered(net, [(x, None)]))
+    assert without == ["backbone", "conv"]
+
+
+class Subtracting(Net):
+    def forward(self, x):
+        x -= 1
+        return super().forward(x)
+
+
+def test_a_network_that_changes_its_input_gives_the_moments_of_one_that_does_not():
+    torch.manual_seed(0)
+    net, x = Subtracting(), images(4)
+    plain = Net()
+    plain.load_state_dict(net.state_dict())
+    found = gathered(net, [(x.clone(), None)], gradients=True)
+    all_closes(found, gathered(plain, [(x - 1, None)], gradients=True))

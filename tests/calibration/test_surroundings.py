@@ -124,3 +124,21 @@ class Frozen(nn.Module):
 @pytest.mark.parametrize("model", [ByValue(), Frozen()])
 def test_a_model_that_cannot_be_traced_has_no_graph(model):
     assert traced(model.eval(), EXAMPLE) is None
+
+
+class OwnTensor(nn.Module):
+    """Makes a tensor in its forward pass, which the tracer hangs on the module that it traces."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1))
+
+
+def test_a_model_that_makes_tensors_of_its_own_has_no_graph_and_is_left_as_it_was():
+    model = OwnTensor().eval()
+    before = set(vars(model))
+    assert traced(model, torch.randn(1, 4, 5, 5)) is None
+    assert set(vars(model)) == before

@@ -44,6 +44,19 @@ def test_sketches_of_a_layer():
     ]
 
 
+def test_a_grouped_layer_with_one_kernel_per_group_combines_nothing_and_others_do():
+    """Both have as many kernels as outputs in the gathered form; what is timed differs by the pointwise convolution."""
+    one = DKConv2d(8, 8, 3, groups=4, counts=[1, 0] * 4)
+    two = DKConv2d(8, 8, 3, groups=4, counts=[2, 0] * 4)
+    kinds = [sketch_of(layer, "gathered") for layer in (one, two)]
+    assert kinds == [Sketch(((True, 8),), alone=(0,)), Sketch(((True, 8),))]
+    assert [str(each) for each in kinds] == ["g8 alone", "g8"]
+    networks = [costs._network(Spot(two, (9, 9)), each, "pytorch") for each in kinds]
+    weights = [sorted(p.numel() for p in network[2].parameters()) for network in networks]
+    assert weights[0] == [8, 8 * 9]
+    assert weights[1] == [8, 8 * 2, 8 * 9]
+
+
 def test_only_what_is_missing_is_measured_and_it_is_kept(tmp_path, asked):
     table = LatencyTable(folder=tmp_path)
     first = table.ratios_of({SPOT: [DENSE, gathered(16, 1, 0)]})

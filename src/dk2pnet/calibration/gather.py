@@ -83,7 +83,7 @@ def input_patches(conv: nn.Conv2d, x: Tensor, index: int | np.ndarray = 0, posit
     row, or is that of the first row.
     """
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+    x = F.pad(x, _padding(conv), mode=mode)
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
     width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
@@ -141,6 +141,17 @@ def _geometry(conv: nn.Conv2d) -> tuple[int, int, int]:
     """groups, C q, N."""
     kh, kw = conv.kernel_size
     return conv.groups, conv.in_channels // conv.groups * kh * kw, conv.out_channels // conv.groups
+
+
+def _padding(conv: nn.Conv2d) -> list[int]:
+    """What `conv` pads its input with, for `F.pad`; by its present attributes, which may have been changed."""
+    if conv.padding_mode != "zeros":  # then PyTorch too pads by what it worked out when the layer was made
+        return conv._reversed_padding_repeated_twice
+    if conv.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    sides = (0, 0) if conv.padding == "valid" else conv.padding
+    return [int(side) for side in reversed(sides) for _ in range(2)]
 
 
 def _bytes_needed(conv: nn.Conv2d, gradients: bool) -> int:
@@ -204,6 +215,12 @@ def _one_pass(
 
     def see_gradient(name: str) -> Callable:
         def hook(module: nn.Conv2d, args: tuple, output: Tensor) -> None:
+            if not output.requires_grad:
+                raise InputError(
+                    f"criterion 'loss' needs gradients, but the network runs {name!r} without them (torch.no_grad or "
+                    f"detach in its forward pass); use --criterion response, or --keep {name}"
+                )
+
             def take(gradient: Tensor) -> None:
                 columns = gradient.detach().float().transpose(0, 1).reshape(module.groups, -1, gradient[:, 0].numel())
                 moments[name].add_gradients(columns)
@@ -224,7 +241,7 @@ def _one_pass(
             if gradients:
                 # Parameters ask for no gradients here; the graph hangs on the input.
                 with torch.enable_grad():
-                    logits = model(x.detach().requires_grad_())
+                    logits = model(x.detach().requires_grad_().clone())  # which the network may change in place
                     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
                         raise InputError(
                             "criterion 'loss' needs a classifier (one row of class scores per image), but the network "

@@ -29,6 +29,8 @@ __all__ = ["reconstruct"]
 _SOLUTIONS, _TOLERANCE = 6, 0.01
 # A batch norm that hardly lets a channel through cannot be asked to make up for another's error.
 _LEAST_GAIN = 1e-2
+# Inputs whose squared mean is so many times their variance are summed in float64: in float32 their variance is lost.
+_FAR = 1e4
 _PIECE = 2**24  # numbers of patches that are multiplied at once
 
 
@@ -61,8 +63,9 @@ def reconstruct(
     sites : the convolutions of the teacher in the order of execution
     counts : by name, kernels per input channel ``(C,)``
     batches, images : re-iterable calibration batches, and how many images they hold
-    memory : bytes for activations and the teacher's outputs. Where all images fit, one forward pass of them all is
-        enough, in which each layer is replaced just before it runs; else there is a pass, cut short, for every layer
+    memory : bytes for activations and the teacher's outputs. Where all images fit (and are of one size, and are not
+        folded into the batch in pieces), one forward pass of them all is enough, in which each layer is replaced just
+        before it runs; else there is a pass, cut short, for every layer
     progress : called with the number of layers done
     """
     order = [site for site in sites if site.name in counts and site.calls == 1]
@@ -101,8 +104,8 @@ def reconstruct(
         around = surroundings_of(teacher, graph, names) if graph is not None else {}
         run = _Runner(student, graph, {name: near.other for name, near in around.items()})
         of_teacher = _Runner(teacher, graph, run.others)
-        targets = _teacher_outputs(of_teacher, order, batches, positions, seed, device)
-        if at_once:
+        targets, alike = _teacher_outputs(of_teacher, order, batches, positions, seed, device)
+        if at_once and alike:
             handles = []
             for site in order:
 
@@ -145,13 +148,13 @@ class _Runner:
             self.walk = None
 
     def other(self, name: str, first: int, positions: int, seed: int) -> Tensor | None:
-        """What is added to the response of a convolution that is about to run, sampled as its outputs are."""
+        """What is added to the response of a convolution that is about to run, sampled as its outputs are, (n, N)."""
         node = self.others.get(name)
         if node is None:
             return None
         assert self.walk is not None
         value = self.walk.ahead(node)
-        return sampled_outputs(value, first, positions, seed) if value.dim() == 4 else None
+        return sampled_outputs(value, first, positions, seed).flatten(0, 1) if value.dim() == 4 else None
 
 
 class _Samples:
@@ -159,6 +162,7 @@ class _Samples:
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
+        self.precise = False  # whether the pieces are float64
 
     def add(self, conv: nn.Conv2d, x: Tensor, first: int, positions: int, seed: int) -> None:
         """Add images ``first ...`` with inputs ``x (B, C, H, W)``."""
@@ -169,7 +173,8 @@ class _Samples:
         for part in self.parts:
             size = max(1, _PIECE // part[0].numel())
             for start in range(0, len(part), size):
-                yield part[start : start + size].transpose(0, 1)
+                piece = part[start : start + size].transpose(0, 1)
+                yield piece.double() if self.precise else piece
 
 
 class _Layer:
@@ -190,7 +195,7 @@ class _Layer:
         other: Tensor | None,
     ) -> None:
         self.conv, self.rectified, self.samples = conv, rectified, samples
-        y = wanted.flatten(0, 1).double()
+        y = wanted.double()
         zeros, ones = y.new_zeros(y.shape[1]), y.new_ones(y.shape[1])
         self.gain, centre = ones, zeros
         bias = conv.bias.double().cpu() if conv.bias is not None else zeros
@@ -207,7 +212,7 @@ class _Layer:
         if known:
             assert other is not None
             assert wanted_other is not None
-            mine, theirs = (side.flatten(0, 1).double().cpu() for side in (other, wanted_other))
+            mine, theirs = (side.double().cpu() for side in (other, wanted_other))
         # The responses at which the ReLU's input is that of the teacher, and those at which it is zero.
         self.wanted = y + (theirs - mine) * inverse
         self.silent = centre - (bias + mine) * inverse
@@ -239,6 +244,14 @@ class _Layer:
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Second moments ``(G, C q, C q)`` of the patches, about their mean where the layer can be shifted, and it."""
+        found, mean = self._sums()
+        spread = found.diagonal(dim1=1, dim2=2).mean()
+        if not self.samples.precise and float(mean.square().max()) > _FAR * float(spread):
+            self.samples.precise = True
+            return self._sums()
+        return found, mean
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
         groups, inputs = self.conv.groups, self.conv.weight[0].numel()
         square = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
         total, count = torch.zeros(groups, inputs, dtype=torch.float64), 0
@@ -291,11 +304,16 @@ def _teacher_outputs(
     positions: int,
     seed: int,
     device: torch.device | str,
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """The teacher's responses at the sampled positions, without bias, and the other side of a sum: (images, P, N)."""
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], bool]:
+    """The teacher's responses at the sampled positions, without bias, and the other side of a sum, both ``(n, N)``.
+
+    And whether all images are alike in size and one row each of every layer's batch: then all of them in one batch lie
+    in the same order as batch by batch.
+    """
     parts: dict[str, list[Tensor]] = {site.name: [] for site in order}
     others: dict[str, list[Tensor]] = {site.name: [] for site in order}
-    done = 0
+    done = images = 0
+    alike, shapes = True, set()
     handles = []
     for site in order:
 
@@ -305,19 +323,24 @@ def _teacher_outputs(
                 others[name].append(other.cpu())
 
         def see(module: nn.Module, args: tuple, output: Tensor, name: str = site.name) -> None:
+            nonlocal alike
+            alike = alike and len(output) == images
             if module.bias is not None:
                 output = output - module.bias.view(-1, 1, 1)
-            parts[name].append(sampled_outputs(output, done, positions, seed).cpu())
+            parts[name].append(sampled_outputs(output, done, positions, seed).flatten(0, 1).cpu())
 
         handles += [site.module.register_forward_pre_hook(before), site.module.register_forward_hook(see)]
     try:
         for x, _ in batches:
+            images = len(x)
+            shapes.add(x.shape[1:])
             run(x.to(device))
-            done += len(x)
+            done += images
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (torch.cat(part), torch.cat(others[name]) if others[name] else None) for name, part in parts.items()}
+    found = {name: (torch.cat(part), torch.cat(others[name]) if others[name] else None) for name, part in parts.items()}
+    return found, alike and len(shapes) == 1
 
 
 def _gather_until(

@@ -47,13 +47,20 @@ class Walk(fx.Interpreter):
 
 
 def traced(model: nn.Module, example: Tensor) -> fx.Graph | None:
-    """The operations of a model in evaluation mode, None where tracing fails or gives other outputs for `example`."""
+    """The operations of a model in evaluation mode, None where tracing fails or gives other outputs for `example`, and
+    where the forward pass makes tensors of its own: the tracer hangs them on this model, no copy of it has them."""
+    there = set(vars(model))
     try:
         graph = fx.Tracer().trace(model)
+        if set(vars(model)) - there:
+            return None
         with torch.no_grad():
             wanted, found = model(example), Walk(model, graph).run(example)
     except Exception:  # a user's code may do anything when it is given a proxy
         return None
+    finally:
+        for name in set(vars(model)) - there:
+            delattr(model, name)
     same = isinstance(found, Tensor) and isinstance(wanted, Tensor) and found.shape == wanted.shape
     return graph if same and torch.allclose(found, wanted, rtol=1e-3, atol=1e-5) else None
 

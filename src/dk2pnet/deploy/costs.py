@@ -31,17 +31,22 @@ __all__ = ["DENSE", "LatencyTable", "Sketch", "Spot", "fastest_forms", "gathered
 
 class Sketch(NamedTuple):
     """All of a form that its time depends on: per branch, whether its input is gathered and how many kernels it has;
-    and whether one pointwise convolution combines them all. No branches: the dense convolution."""
+    whether one pointwise convolution combines them all; and which branches need none, as those of a grouped layer with
+    one kernel per group. No branches: the dense convolution."""
 
     branches: tuple[tuple[bool, int], ...]
     concat: bool = False
+    alone: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        parts = "+".join(f"{'g' if gathered else ''}{size}" for gathered, size in self.branches)
-        return ("concat " if self.concat else "") + (parts or "dense")
+        parts = [f"{'g' if gathered else ''}{size}" for gathered, size in self.branches]
+        for number in self.alone:
+            parts[number] += " alone"
+        return ("concat " if self.concat else "") + ("+".join(parts) or "dense")
 
 
 DENSE = Sketch(())
+_FORMAT = 2  # of the files; another number where the networks that are timed change
 # A layer is written dense only where that is clearly faster: it makes the file larger.
 DENSE_HANDICAP = 1.05
 
@@ -58,7 +63,8 @@ def sketch_of(layer: DKConv2d, form: str) -> Sketch:
         return DENSE
     branches = branches_of(layer, form)
     sizes = tuple((branch.channels is not None, len(branch.kernels)) for branch in branches)
-    return Sketch(sizes, concatenated(layer, form, branches))
+    alone = tuple(number for number, branch in enumerate(branches) if branch.combination is None)
+    return Sketch(sizes, concatenated(layer, form, branches), alone)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class LatencyTable:
         self.target, self.threads, self.seconds = target, threads, seconds
         self.progress = progress or (lambda done, total: None)
         facts = conditions(target, torch.zeros(1, 1, 1, 1), threads)
-        name = hashlib.sha256(json.dumps([facts, torch.__version__], sort_keys=True).encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps([facts, torch.__version__, _FORMAT], sort_keys=True).encode()).hexdigest()[:16]
         self.path = (folder or _cache()) / "latency" / f"{name}.json"
         self.facts = facts
         self.ratios: dict[str, dict[str, float]] = {}
@@ -202,13 +208,12 @@ def _network(spot: Spot, sketch: Sketch, target: str) -> bytes | nn.Module:
     if sketch.branches:
         width = conv.in_channels
         branches = []
-        for taken, size in sketch.branches:
+        for number, (taken, size) in enumerate(sketch.branches):
             channels = torch.arange(size) * width // size if taken else None
-            combination = numbers(conv.out_channels, size // conv.groups, 1, 1)
-            # A grouped layer with one kernel per group needs no combination, see `Branch`.
-            alone = conv.groups > 1 and size == conv.out_channels and size // conv.groups > 0 and taken
+            alone = number in sketch.alone
+            combination = None if alone else numbers(conv.out_channels, size // conv.groups, 1, 1)
             kernels = numbers(size, 1, *conv.kernel_size)
-            branches.append(Branch(channels, kernels, None if alone else combination))
+            branches.append(Branch(channels, kernels, combination))
         layer = PlainLayer(conv, branches, bias, sketch.concat)
     else:
         layer = nn.Conv2d(

@@ -132,12 +132,19 @@ def make_plan(
             kept = sum(float(row[: int(n)].sum()) for row, n in zip(spectrum_, count, strict=True))
             layer.energy_kept = kept / max(float(spectrum_.sum()), 1e-300)
         elif not site.reason:
-            latency = budget.kind == "latency"
-            layer.reason = "its time is better spent dense" if latency else "dominant kernels would not be cheaper"
+            layer.reason = _why_dense(site.module, budget)  # type: ignore[arg-type]
         plan.macs += layer.macs - layer.macs_dense
         plan.parameters += layer.parameters - layer.parameters_dense
         plan.layers.append(layer)
     return plan
+
+
+def _why_dense(conv: nn.Conv2d, budget: Budget) -> str:
+    if budget.kind == "latency":
+        return "its time is better spent dense"
+    one_each = conv.in_channels * (conv.kernel_size[0] * conv.kernel_size[1] + conv.out_channels // conv.groups)
+    cheaper = one_each < conv.weight.numel()
+    return "the budget leaves it dense" if cheaper else "dominant kernels would not be cheaper"
 
 
 def solve_layers(

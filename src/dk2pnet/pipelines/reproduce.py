@@ -42,7 +42,7 @@ class Setup:
 
 # Sizes and schedules are ours. The students stay below FitNets' parameters for the same data set.
 SETUPS = {
-    "mnist": Setup("dk2pnet-14x12", "resnet20", 60, 30),
+    "mnist": Setup("dk2pnet-14x12", "resnet20", 30, 20),
     "cifar10": Setup("dk2pnet-32x32", "resnet20x4", 200, 100),
     "cifar100": Setup("dk2pnet-32x32", "resnet20x4", 200, 100),
     "svhn": Setup("dk2pnet-20x32", "resnet20x4", 60, 40),
