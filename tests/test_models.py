@@ -523,3 +523,10 @@ def test_defaults():
     half = Normalization((0.5,) * 3, (0.5,) * 3)
     name = "timm/inception_v3.tf_in1k"
     assert (default_normalization(name), default_input_size(name)) == (half, 299)
+
+
+def test_torchvision_networks_that_were_published_for_other_images_say_so():
+    assert default_input_size("torchvision/efficientnet_b3") == 300
+    assert default_input_size("torchvision/inception_v3") == 299
+    assert default_normalization("torchvision/efficientnet_v2_l") == Normalization((0.5,) * 3, (0.5,) * 3)
+    assert default_input_size("torchvision/no_such_network") == 224  # make_network refuses it

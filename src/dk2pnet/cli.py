@@ -437,8 +437,10 @@ def train(
     if not is_main():
         return
     figures = metrics["network"]
-    test = "no test split" if figures["accuracy"] is None else f"test accuracy {figures['accuracy']:.2f} %"
-    console.print(f"{test}, validation accuracy {figures['validation_accuracy']:.2f} %", highlight=False)
+    test, validation = figures["accuracy"], figures["validation_accuracy"]
+    said = ["no labelled test split" if test is None else f"test accuracy {test:.2f} %"]
+    said += [f"validation accuracy {validation:.2f} %"] if validation is not None else []
+    console.print(", ".join(said), highlight=False)
     console.print(f"Written to {out}")
 
 
@@ -486,7 +488,9 @@ def reproduce(
     if not is_main():
         return
     console.print(rich_table(data, REPRODUCTION_HEADER, reproduction_rows(results)))
+    where = ["--out", str(out), *(["--data-dir", data_dir] if data_dir else [])]
     for command in results["continue"]:
+        command = command.replace("--out OUT", shlex.join(where), 1)  # results.json names no folder
         console.print(f"Not run yet: {command}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"Written to {out}: results.md, results.json, figure.svg")
 
@@ -531,6 +535,9 @@ def evaluate(
     console.print(text, highlight=False)
 
 
+_INTERRUPTED = 130  # what typer ends with after Ctrl-C
+
+
 def main() -> None:
     """Entry point: input errors are one sentence and exit code 2."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -545,9 +552,10 @@ def main() -> None:
     except InputError as error:
         stderr.print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        stderr.print("Stopped. OUT was not written; a training that had begun goes on when the command is repeated.")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            stderr.print("Stopped. OUT was not written; what had begun goes on when the command is repeated.")
+        raise
 
 
 class _Messages(logging.Handler):

@@ -155,6 +155,8 @@ def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None 
         if layer.counts is None:
             continue
         conv = modules.get(layer.name)
+        if isinstance(conv, DKConv2d) and conv.counts == layer.counts:
+            continue  # of a network that was compressed before
         if not isinstance(conv, nn.Conv2d):
             raise InputError(
                 f"the plan replaces {layer.name!r}, which is no Conv2d of this network; give the right network"

@@ -379,9 +379,21 @@ def default_normalization(name: str) -> Normalization | None:
     if ".py:" in name:
         return None
     if library == "torchvision":
-        return Normalization.parse("imagenet")
+        preset = _torchvision_preset(model)
+        return Normalization(tuple(preset.mean), tuple(preset.std)) if preset else Normalization.parse("imagenet")
     config = _timm_config(model) if library == "timm" else None
     return Normalization(tuple(config.mean), tuple(config.std)) if config is not None else None
+
+
+def _torchvision_preset(model: str) -> Any:
+    """How the newest published weights were evaluated: `mean`, `std`, `crop_size`; None where there are none."""
+    import torchvision
+
+    try:
+        preset = torchvision.models.get_model_weights(model).DEFAULT.transforms()
+    except (AttributeError, ValueError):  # no such network, or none published
+        return None
+    return preset if hasattr(preset, "crop_size") else None
 
 
 def default_input_size(name: str) -> int | None:
@@ -390,6 +402,7 @@ def default_input_size(name: str) -> int | None:
     if ".py:" in name:
         return None
     if library == "torchvision":
-        return 224
+        preset = _torchvision_preset(model)
+        return int(preset.crop_size[0]) if preset else 224
     config = _timm_config(model) if library == "timm" else None
     return int(config.input_size[-1]) if config is not None else None

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -17,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
+
+from dk2pnet.data import load
 
 HALF = ["compress", "--model", "teacher", "--data", "digits", "--tune", "0", "--budget", "macs=0.5"]
 BY_NAME = ["--model", "lenet", "--data", "digits", "--normalize", "0.5/0.5"]
@@ -190,6 +193,24 @@ def test_images_without_labels_are_enough_to_compress(place):
     metrics = figures(place / "from-plain")
     assert metrics["student"]["accuracy"] is None
     assert metrics["student"]["agreement"] > 50
+
+
+def test_an_onnx_file_of_a_fixed_batch_is_evaluated_on_all_images(place, half):
+    """359 images in batches of 5: the last one is not full. And colour images become grey where it reads grey."""
+    graph = onnx.load(place / "half/model.onnx")
+    for value in (*graph.graph.input, *graph.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 5
+    onnx.save(graph, place / "fixed.onnx")
+    found = works(here, "evaluate", "--model", "fixed.onnx", "--data", "digits", cwd=place)
+    wanted = works(here, "evaluate", "--model", "half/model.onnx", "--data", "digits", cwd=place)
+    assert accuracy_in(found) == accuracy_in(wanted)
+    data = load("digits", "test")
+    for number in range(40):
+        folder = place / f"colours/test/{int(data.labels[number])}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = data.images[number, 0].numpy()
+        Image.fromarray(np.stack([pixels] * 3, 2)).save(folder / f"{number}.png")
+    works(here, "evaluate", "--model", "half/model.onnx", "--data", "colours", cwd=place)
 
 
 def test_overwrite_replaces_an_earlier_run(place):

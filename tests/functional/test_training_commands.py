@@ -9,7 +9,10 @@ import time
 
 import pytest
 from command_line import FILES, LOGS, error_of, figures, here, snapshot, works
+from PIL import Image
 from safetensors.torch import load_file
+
+from dk2pnet.data import load
 
 NETWORK = ["--model", "lenet", "--data", "digits", "--lr", 0.02, "--threads", 1]
 
@@ -46,6 +49,17 @@ def kill_when(process, ready):
 
 
 # -- beside a teacher --------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_teaches_on_images_without_labels(place):
+    images = load("digits").images
+    (place / "plain").mkdir()
+    for number in range(48):
+        Image.fromarray(images[number, 0].numpy()).save(place / f"plain/{number}.png")
+    given = ["--model", "lenet", "--data", "plain", "--teacher", "teacher", "--method", "kd", "--batch-size", 8]
+    answer = works(here, "train", *given, "--epochs", 1, "--out", "unlabelled", cwd=place)
+    assert "no labelled test split\nWritten to unlabelled" in answer.out
+    assert figures(place / "unlabelled")["network"]["accuracy"] is None
 
 
 def test_a_student_of_another_architecture_and_its_hints(place):
@@ -94,6 +108,21 @@ def test_refused_in_one_sentence_and_nothing_is_left(case, place):
     for word in words:
         assert word in error_of(answer)
     assert snapshot(place) == before
+
+
+def test_ctrl_c_says_that_the_run_can_go_on(place):
+    command = ["train", *NETWORK, "--epochs", 400, "--checkpoint-every", 0, "--out", "stopped"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dk2pnet", *map(str, command)], cwd=place, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not checkpoints(place / "stopped"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "what had begun goes on when the command is repeated" in " ".join(said.split())
+    assert checkpoints(place / "stopped")
+    assert not (place / "stopped").exists()
 
 
 # -- killed and repeated -----------------------------------------------------------------------------------------------

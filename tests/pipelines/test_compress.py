@@ -437,6 +437,33 @@ def test_a_named_network_is_loaded_by_name_and_compressed_again(tmp_path, no_tim
     assert plan.network == {"name": "lenet", "num_classes": None, "in_channels": None}
 
 
+def test_what_was_compressed_is_compressed_further_and_can_be_loaded(tmp_path, no_timing):
+    """The second time only the convolution that stayed dense is replaced; the plan has to name the others too."""
+    torch.manual_seed(0)
+    torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
+    dense = {"weights": str(tmp_path / "lenet.pth"), "first": True}
+    once = compress(
+        "lenet", "kernels=2", "weight", example_input=ONE, keep=["features.3"], out=tmp_path / "one", **dense
+    )
+    twice = compress(str(tmp_path / "one"), "kernels=1", "weight", example_input=ONE, first=True, out=tmp_path / "two")
+    student, plan = load_student(tmp_path / "two")
+    assert dk_layers(student).keys() == dk_layers(twice.model).keys() > dk_layers(once.model).keys()
+    with torch.no_grad():
+        assert torch.equal(student(ONE), twice.model(ONE))
+    assert plan.macs == macs(student, ONE)
+    assert plan.parameters == parameters(student)
+
+
+def test_training_options_without_training_are_refused():
+    for given, words in (
+        ({"method": "kd"}, "method is"),
+        ({"hints": ["a=b"]}, "hints is"),
+        ({"compile": True}, "compile"),
+    ):
+        with pytest.raises(InputError, match=f"{words}.* of the training with labels, and epochs is 0"):
+            compress(net(), "macs=0.7", "response", X, **given)
+
+
 def test_what_is_written_is_what_was_measured(tmp_path, no_timing):
     from dk2pnet.deploy.onnx import run_onnx, session
 

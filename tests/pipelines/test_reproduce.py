@@ -96,6 +96,29 @@ def test_a_teacher_of_the_users_own(trained, tmp_path):
     assert "--teacher resnet44 --teacher-weights b.th" in results["continue"][0]
 
 
+def test_a_teacher_is_not_taken_for_that_of_another_setup(trained, tmp_path, monkeypatch):
+    """The first call is stopped when its teacher is there and no student yet."""
+    pretend = module.train_network
+
+    def stopped(model, data, out, **given):
+        if out.name != "teacher":
+            raise KeyboardInterrupt
+        pretend(model, data, out, **given)
+
+    monkeypatch.setattr(module, "train_network", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("mnist", tmp_path / "out", quick=True)
+    monkeypatch.setattr(module, "train_network", pretend)
+    with pytest.raises(InputError, match="holds runs with data mnist, this call has cifar10"):
+        reproduce("cifar10", tmp_path / "out")
+    assert reproduce("mnist", tmp_path / "out", quick=True)["continue"] == []
+
+
+def test_what_is_missing_of_a_quick_one_is_quick(trained, tmp_path):
+    command = reproduce("mnist", tmp_path / "out", quick=True, methods=["kd"])["continue"][0]
+    assert " --quick " in f"{command} "
+
+
 def test_other_settings_are_refused_and_change_nothing(trained, tmp_path):
     out = tmp_path / "out"
     reproduce("mnist", out, methods=["kd"], seeds=(0,), epochs=2)

@@ -1,8 +1,14 @@
-"""Training runs of `train_network` that are cut off, and what the call that goes on may change."""
+"""What `train_network` trains on and beside, and what a call that goes on with a killed one may change."""
+
+from dataclasses import replace
 
 import pytest
+import torch
 
+from dk2pnet import load_student
+from dk2pnet.data import ImageData, Normalization
 from dk2pnet.errors import InputError
+from dk2pnet.pipelines import train as pipeline
 from dk2pnet.pipelines.train import train_network
 from dk2pnet.training.trainer import TrainingOptions
 
@@ -41,3 +47,39 @@ def test_a_run_goes_on_with_other_threads(cut):
 def test_a_run_with_another_seed_is_refused_and_named(cut):
     with pytest.raises(InputError, match="unfinished run with seed 0, this one has 1"):
         call(cut, {"seed": 1, "threads": 1, "checkpoint_every": 0}, lambda *any: None)
+
+
+def test_fewer_images_are_spread_over_all_classes(tmp_path, monkeypatch):
+    """Rows of a folder lie class by class; the first so many would leave the last classes out."""
+    pixels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)
+    data = ImageData("mine", pixels, torch.arange(40) // 10)
+    seen = []
+    monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(pipeline, "fit", lambda net, kept, *_, **__: seen.append(kept) or {})
+    train_network("lenet", "mine", tmp_path / "out", options=OPTIONS, images=25)
+    assert len(seen[0]) in (22, 23)
+    assert set(seen[0].labels.tolist()) == {0, 1, 2, 3}
+
+
+def test_a_teacher_is_given_images_normalised_as_it_expects(tmp_path, monkeypatch):
+    """The student was saved with one normalisation, its teacher with another."""
+    for name, normalize in (("student", "0.2/0.5"), ("teacher", "0.6/0.25")):
+        once = replace(OPTIONS, epochs=1)
+        train_network("lenet", "digits", tmp_path / name, options=once, images=100, normalize=normalize)
+    teacher, _ = load_student(tmp_path / "teacher")
+    seen = []
+
+    def watched(net, kept, options, *, teacher, normalization, **more):
+        x, _ = next(iter(kept.batches(4, normalization)))
+        seen.append((normalization, kept.images[:4], teacher.eval()(x)))
+        return {}
+
+    monkeypatch.setattr(pipeline, "fit", watched)
+    for model in (str(tmp_path / "student"), "lenet"):
+        options = replace(OPTIONS, method="kd")
+        out = tmp_path / f"out{len(seen)}"
+        train_network(model, "digits", out, options=options, images=100, teacher=str(tmp_path / "teacher"))
+    norms = [Normalization((0.2,), (0.5,)), Normalization((0.6,), (0.25,))]  # one without weights takes the teacher's
+    for (norm, images, found), expected in zip(seen, norms, strict=True):
+        assert norm == expected
+        torch.testing.assert_close(found, teacher(norms[1].apply(images)), rtol=1e-4, atol=1e-5)

@@ -247,6 +247,43 @@ def test_a_time_under_one_step_is_refused(monkeypatch):
         compress(net(), "kernels=1", "weight", X, tune="0.000001s")
 
 
+@pytest.mark.parametrize("changed", ["weights", "images"])
+def test_what_another_network_or_other_images_left_is_not_gone_on_with(tmp_path, no_timing, monkeypatch, changed):
+    """Objects have no name by which the two calls could be told apart."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    fit = tune.fit
+    monkeypatch.setattr(tune, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(net(), "kernels=1", "weight", X, tune=5, out=tmp_path / "out")
+    monkeypatch.setattr(tune, "fit", fit)
+    other = net()
+    with torch.no_grad():
+        other[0].weight.mul_(1 if changed == "images" else 2)
+    images = [x + 1 for x in X] if changed == "images" else X
+    with pytest.raises(InputError, match=f"holds an unfinished run with digest-of-{changed} .*--overwrite to drop it"):
+        compress(other, "kernels=1", "weight", images, tune=5, out=tmp_path / "out")
+    compress(other, "kernels=1", "weight", images, tune=5, out=tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_batch_norm_is_frozen_where_the_users_batches_are_small(monkeypatch):
+    """One image of 1 x 1 has no statistics at all."""
+    seen = []
+    fit = tune.fit
+
+    def watched(model, data, options, **more):
+        seen.append(options.batch_norm)
+        return fit(model, data, options, **more)
+
+    monkeypatch.setattr(tune, "fit", watched)
+    for size in (1, 32):
+        compress(net(), "kernels=1", "weight", [part for x in X for part in x.split(size)], tune=2)
+    assert seen == ["frozen", tune.OPTIONS.batch_norm]
+
+
 def test_a_killed_tuning_goes_on_with_the_same_bits(tmp_path, no_timing, monkeypatch):
     options = {"tune": 20, "checkpoint_every": 0.0}
     whole = compress(net(), "kernels=1", "weight", X, **options, out=tmp_path / "whole")

@@ -183,6 +183,9 @@ def compress(
             checkpoint_every=checkpoint_every,
         )
 
+    elif method is not None or hints or compile:
+        what = "method" if method is not None else "hints" if hints else "compile"
+        raise InputError(f"{what} is of the training with labels, and epochs is 0; give --epochs too, or leave it away")
     if wanted.in_points and data is None and calibration_data is None:
         raise InputError(f"budget {wanted} is decided on images and none were given; give --data")
     ready = prepare(
@@ -213,7 +216,7 @@ def compress(
     with ExitStack() as whole:
         folder = None
         if out is not None and (options is not None or ready.tuning.wanted or wanted.in_points):
-            kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"}
+            kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"} | ready.digests()
             folder = whole.enter_context(unfinished(out, overwrite, {"command": "compress", **kept}))
         prober = whole.enter_context(
             ready.prober(
@@ -264,7 +267,7 @@ def compress(
                     options,
                     example=example,
                     teacher=teacher,
-                    name=ready.named,
+                    name=data if isinstance(data, str) else None,
                     normalization=network.normalization,
                     validation=images.validation,
                     device=chosen,

@@ -6,6 +6,7 @@ Shared by every pipeline that decomposes, whether the convolutions come from a P
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -136,6 +137,11 @@ def make_plan(
         plan.macs += layer.macs - layer.macs_dense
         plan.parameters += layer.parameters - layer.parameters_dense
         plan.layers.append(layer)
+    names = {layer.name for layer in plan.layers}
+    for before in network.plan.layers if network.plan is not None else ():
+        if before.counts is not None and before.name not in names:  # a DK layer of a network that was compressed before
+            same = {"macs_dense": before.macs, "parameters_dense": before.parameters, "energy_kept": None}
+            plan.layers.append(replace(before, **same, reason="of dominant kernels already"))
     return plan
 
 

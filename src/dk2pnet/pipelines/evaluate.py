@@ -72,13 +72,16 @@ def _evaluate_onnx(
     shape = runner.get_inputs()[0].shape
     if input_size is None and isinstance(shape[-1], int):
         input_size = shape[-1]
-    images = _labelled(load_data(data, split, "", data_dir=data_dir, input_size=input_size), data, split)
+    fixed, channels = (each if isinstance(each, int) else None for each in shape[:2])
+    found = load_data(data, split, "", data_dir=data_dir, input_size=input_size, channels=channels)
+    images = _labelled(found, data, split)
     if normalize is None and saved is None:
         raise InputError(f"{model} does not say how its input is normalised; give it with --normalize")
     norm = Normalization.parse(normalize) if normalize else Normalization.from_dict(saved)
     rows, labels, done = [], [], 0
-    for x, y in images.batches(batch_size or batch_size_for(images.size), norm):
-        rows.append(torch.from_numpy(run_onnx(runner, x)[0]))
+    for x, y in images.batches(fixed or batch_size or batch_size_for(images.size), norm):
+        full = x if fixed is None else torch.cat([x, x.new_zeros(fixed - len(x), *x.shape[1:])])
+        rows.append(torch.from_numpy(run_onnx(runner, full)[0])[: len(x)])
         labels.append(y)
         done += len(x)
         progress("evaluating in ONNX Runtime", done, len(images))

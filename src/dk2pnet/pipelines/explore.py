@@ -129,7 +129,7 @@ def explore(
     with ExitStack() as whole:
         folder = None
         if out is not None:
-            kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"}
+            kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"} | ready.digests()
             folder = whole.enter_context(unfinished(out, overwrite, {"command": "explore", **kept}))
         prober = whole.enter_context(
             ready.prober(

@@ -45,6 +45,7 @@ def fit(
     """
     if isinstance(data, ImageData):
         assert normalization is not None
+        whole = whole or len(data) % options.batch_size == 1  # one image alone has no statistics for a batch norm
         norm, kind = normalization, augmentation_for(name or "") if augment is None else augment
 
         def epoch_of(epoch: int) -> Iterable[tuple[Tensor, Tensor | None]]:

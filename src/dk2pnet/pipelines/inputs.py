@@ -85,17 +85,23 @@ def open_network(
 
 
 def load_data(
-    name: str, split: str, model: str | nn.Module, *, data_dir: str | None = None, input_size: int | None = None
+    name: str,
+    split: str,
+    model: str | nn.Module,
+    *,
+    data_dir: str | None = None,
+    input_size: int | None = None,
+    channels: int | None = None,
 ) -> ImageData | None:
     """A split of a data set, sized for the network; None where there is no such split."""
-    size, channels = input_size, None
+    size = input_size
     if isinstance(model, str) and is_saved(model):
         shape = Plan.load(Path(model) / "plan.json").input_shape
         if shape:
             channels, size = shape[0], shape[1] if input_size is None else input_size
     elif isinstance(model, str):
         size = default_input_size(model) if input_size is None else input_size
-        channels = 3 if model.startswith("torchvision/") else None
+        channels = 3 if model.startswith("torchvision/") else channels
     if not has_split(name, split, data_dir):
         return None
     return load(name, split, data_dir=data_dir, size=size, channels=channels)

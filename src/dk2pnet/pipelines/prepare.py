@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from dk2pnet.pipelines.inputs import Network, Progress, load_data, open_network,
 from dk2pnet.pipelines.search import Prober
 from dk2pnet.pipelines.tune import Tuner, Tuning, tuning_of
 from dk2pnet.plan import Budget
+from dk2pnet.training.checkpoint import weights_digest
 
 __all__ = ["Figures", "Prepared", "check_options", "plain_options", "prepare"]
 
@@ -47,6 +49,14 @@ class Prepared:
     def device(self) -> torch.device:
         """Where the teacher is."""
         return self.example.device
+
+    def digests(self) -> dict[str, str]:
+        """What tells the network and the images of this run from others: their names may stay while they change."""
+        found = {"weights": weights_digest(self.teacher)}
+        if self.images is not None:
+            first = next(iter(self.images.gather))[0]
+            found["images"] = hashlib.sha256(first.contiguous().numpy().tobytes()).hexdigest()[:16]
+        return {f"digest_of_{what}": value for what, value in found.items()}
 
     def prober(
         self,
@@ -154,6 +164,8 @@ def prepare(
         raise InputError(
             f"data set {named!r} has no training split, which calibration reads; give a folder train/ of images"
         )
+    if training is not None and data is None:  # somebody else's images: their labels mean nothing to this network
+        training = training.without_labels()
     network = open_network(model, weights=weights, normalize=normalize, data=training, classes=classes)
     teacher = copy_model(network.model).eval().to(device)
     images = None
@@ -167,8 +179,8 @@ def prepare(
         calibration = None
         if calibration_data is not None:
             calibration = _any_split(calibration_data, data_dir, training, ("train", "test"))
-            if data is None:  # somebody else's images: their labels mean nothing to this network
-                training, test = training.without_labels(), None
+            if data is None:
+                test = None
         images = named_images(training, test, network, calibration_images, other, holdout_split, calibration)
     elif data is not None:
         if isinstance(holdout, str) or holdout_split is not None:

@@ -147,6 +147,7 @@ def reproduce(
     try:
         if teacher is None:
             run(settings["teacher"], "teacher", options_for(epochs=settings["teacher_epochs"], method="labels"))
+            _write(folder, settings)  # so that another call does not take this teacher for its own
             taught = {"teacher": str(folder / "teacher")}
         else:
             taught = {"teacher": teacher, "teacher_weights": teacher_weights}
@@ -266,6 +267,7 @@ def _continuing(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) 
             # A file is named without its folder, which is another one on every machine.
             value = Path(settings[key]).name if key == "teacher_weights" else str(settings[key])
             command += ["--lr" if key == "learning_rate" else f"--{key.replace('_', '-')}", value]
+    command += ["--quick"] * settings["quick"]
     return [
         shlex.join(
             [*command, *(part for name in names for part in ("--method", name))]

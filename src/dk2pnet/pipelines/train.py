@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dk2pnet.data import ImageData, Normalization, split_training
 from dk2pnet.errors import InputError
@@ -67,10 +67,10 @@ def train_network(
     """Train on nine tenths of the training split; returns the metrics, with validation and test accuracy.
 
     `teacher` (a name with `teacher_weights`, or an OUT folder) teaches by the method of the options. Without
-    `normalize` the images are normalised as the saved network or the teacher expects, else their own mean and standard
-    deviation are measured and saved with the network. `images`: so many of the training split, the same in every call,
-    None for all. Checkpoints and logs lie in ``OUT.unfinished`` until the run is
-    done; the same call goes on from there.
+    `normalize` the images are normalised as a network with weights expects, as the teacher does for one without, else
+    by their own mean and standard deviation; that is saved with the network, and a teacher that expects something else
+    is given that. `images`: so many of the training split, spread evenly over it, the same in every call, None for all.
+    Checkpoints and logs lie in ``OUT.unfinished`` until the run is done; the same call goes on from there.
     """
     options = options or TrainingOptions()
     check_out(out, overwrite)
@@ -81,7 +81,8 @@ def train_network(
     if images is not None and images < 2:
         raise InputError(f"{images} training images were asked for; expected 2 or more, as a tenth only validates")
     if images is not None:
-        training = training.subset(torch.arange(len(training))[:: max(1, len(training) // images)][:images])
+        fewer = min(images, len(training))
+        training = training.subset(torch.arange(fewer) * len(training) // fewer)
     kept, validation = split_training(training)
     torch.manual_seed(options.seed)
     network = open_network(model, weights=weights, normalize=normalize, data=training, classes=classes)
@@ -96,8 +97,13 @@ def train_network(
         raise InputError(f"method {options.method!r} needs a teacher; give one with --teacher")
     elif teacher_weights is not None:
         raise InputError(f"teacher weights {teacher_weights} were given without a teacher; name the network too")
-    norm = network.normalization or (taught_by.normalization if taught_by else None) or Normalization.measure(kept)
+    known = [each.normalization for each in (network, taught_by) if each is not None and each.normalization is not None]
+    if taught_by is not None and network.plan is None and weights is None:
+        known.reverse()  # a student without weights expects nothing of its own
+    norm = known[0] if known else Normalization.measure(kept)
     norm.check(training.channels)
+    if taught_by is not None and taught_by.normalization not in (None, norm):
+        taught_by.model.register_forward_pre_hook(_from_to(norm, taught_by.normalization))
     net = network.model.to(chosen)
     example = norm.apply(training.subset([0]).images).to(chosen)
     # How it runs is no part of what is asked: a run may go on with more or fewer threads than it began with.
@@ -150,6 +156,19 @@ def train_network(
             write_recipe(new / "recipe.yaml", "train", recipe or {})
             keep_logs(folder, new)
     return metrics
+
+
+def _from_to(given: Normalization, expected: Normalization) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
+    """Before a network's forward pass: images normalised as `given` become normalised as `expected`."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+        mean, std, to_mean, to_std = (
+            torch.tensor(numbers, dtype=args[0].dtype, device=args[0].device).view(-1, 1, 1)
+            for numbers in (given.mean, given.std, expected.mean, expected.std)
+        )
+        return (args[0] * std + (mean - to_mean)) / to_std
+
+    return hook
 
 
 def _accuracy(net: nn.Module, images: ImageData | None, norm: Normalization, device: torch.device) -> float | None:

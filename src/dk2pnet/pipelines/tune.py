@@ -21,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from dk2pnet import processes
 from dk2pnet.calibration.statistics import has_batch_norm
 from dk2pnet.convert import copy_model
-from dk2pnet.data import Normalization
+from dk2pnet.data import ImageData, Normalization
 from dk2pnet.errors import InputError, Refused
 from dk2pnet.measure import Predictions, divergence, predict
 from dk2pnet.pipelines.closed_form import Solved, keep_better, measure_of, renormalized
@@ -142,6 +142,8 @@ class Tuner:
         count = images.counts["calibration"]
         batch = min(options.batch_size if max(example.shape[2:]) <= 64 else 32, count)
         changes: dict[str, Any] = {"batch_size": batch, "precision": precision, "seed": seed}
+        if not isinstance(images.tune, ImageData):  # a user's own batches are taken as they are
+            batch = min(len(x) for x, _ in images.gather)
         if batch < _FEWEST_FOR_BATCH_NORM:
             changes["batch_norm"] = "frozen"
         self.options = replace(options, checkpoint_every=checkpoint_every, **changes)

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from dk2pnet.errors import InputError
 
-__all__ = ["Checkpoints", "random_state", "set_random_state"]
+__all__ = ["Checkpoints", "random_state", "set_random_state", "weights_digest"]
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.safetensors")
 _FORMAT = 1
@@ -118,7 +118,7 @@ class Checkpoints:
                 raise InputError(
                     f"checkpoint {path} belongs to a run with {key} {_short(found.get(key))}, this one has "
                     f"{_short(self.identity.get(key))}; repeat the command that began it, give another --out, "
-                    "or start anew with --overwrite"
+                    f"or remove {self.folder.parent} to start anew"
                 )
 
     def _paths(self) -> list[Path]:
@@ -126,6 +126,15 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def weights_digest(model: nn.Module | None) -> str:
+    """What tells networks with other weights apart, at most 16 characters."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items() if model is not None else ():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _short(value: Any) -> str:

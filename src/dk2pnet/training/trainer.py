@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation, is_classifier, kept_modes, outputs_of, use_form
-from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state
+from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state, weights_digest
 from dk2pnet.training.hints import find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
 from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, labels, method_named
@@ -187,7 +186,7 @@ def train(
     checkpoints = None
     if folder is not None:
         asked = {key: value for key, value in asdict(options).items() if key != "checkpoint_every"}
-        asked |= {"method": name, "student": _digest(model), "teacher": _digest(teacher)}
+        asked |= {"method": name, "student": weights_digest(model), "teacher": weights_digest(teacher)}
         asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world}
         asked |= {"whitened": sorted(whitenings or ())}
         checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every)
@@ -320,15 +319,6 @@ def _from(batches: Iterable[_Batch], first: int, rank: int, world: int) -> Itera
 def _moved(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
     for x, y in batches:
         yield x.to(device, memory_format=_LAYOUT), y
-
-
-def _digest(model: nn.Module | None) -> str:
-    """What tells networks with other weights apart, at most 16 characters."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items() if model is not None else ():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager
