@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dk2pnet import InputError, compress
 from dk2pnet.calibration.statistics import reestimate_batch_norm
@@ -267,6 +268,13 @@ def test_what_another_network_or_other_images_left_is_not_gone_on_with(tmp_path,
         compress(other, "kernels=1", "weight", images, tune=5, out=tmp_path / "out")
     compress(other, "kernels=1", "weight", images, tune=5, out=tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_that_shuffles_is_warned_of(shuffle, caplog):
+    images = TensorDataset(torch.cat(X))
+    user_images(DataLoader(images, batch_size=32, shuffle=shuffle), None, 100)
+    assert ("other images in every pass" in caplog.text) == shuffle
 
 
 def test_batch_norm_is_frozen_where_the_users_batches_are_small(monkeypatch):

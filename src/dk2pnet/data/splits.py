@@ -103,6 +103,11 @@ class UserBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         return map(_pair, self._data)
 
+    def steady(self) -> bool:
+        """Whether the first batch of two passes is the same."""
+        first, again = (next(iter(self))[0] for _ in range(2))
+        return first.shape == again.shape and torch.equal(first, again)
+
     def calibration_split(self, count: int) -> tuple[Iterable[Any], Iterable[Any]]:
         """Split the stream's first ``count`` images: four of five to gather with, every fifth to decide with.
 

@@ -74,7 +74,7 @@ def explore(
 
     Example::
 
-        found = dk2pnet.explore("resnet32", "cifar10", weights="resnet32.th")
+        found = dk2pnet.explore("resnet32", "cifar10", weights="resnet32.th", normalize="cifar10")
         found["knee"], [(point["budget"], point["tuned"]["value"]) for point in found["points"]]
 
     The figures are from images that decide on budgets in points in `compress`, never from the test split: accuracy

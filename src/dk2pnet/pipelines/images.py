@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from dk2pnet.pipelines.inputs import Network, batch_size_for
 __all__ = ["Batches", "Images", "Part", "named_images", "user_images"]
 
 Batches = Iterable[tuple[Tensor, Tensor | None]]
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -109,6 +111,11 @@ def user_images(
 ) -> Images:
     """From a user's own batches. Without `holdout` the held-out images decide on budgets in points."""
     batches = UserBatches(data)
+    if not batches.steady():
+        _log.warning(
+            "data gives other images in every pass, so the images that decide are not kept apart and the teacher's "
+            "answers belong to others; give batches without shuffling or random augmentation"
+        )
     gather, held_out = batches.calibration_split(count)
     counts = {"calibration": sum(len(x) for x, _ in gather), "held out": sum(len(x) for x, _ in held_out)}
     test = None if test_data is None else UserBatches(test_data)
