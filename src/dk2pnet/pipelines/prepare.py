@@ -55,7 +55,9 @@ class Prepared:
         found = {"weights": weights_digest(self.teacher)}
         if self.images is not None:
             first = next(iter(self.images.gather))[0]
-            found["images"] = hashlib.sha256(first.contiguous().numpy().tobytes()).hexdigest()[:16]
+            found["images"] = hashlib.sha256(first.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[
+                :16
+            ]
         return {f"digest_of_{what}": value for what, value in found.items()}
 
     def prober(
