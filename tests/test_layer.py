@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from itertools import product
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -484,3 +485,7 @@ def test_a_step_of_training_lowers_the_loss(form, groups):
         loss.backward()
         optimizer.step()
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_one_count_may_be_any_whole_number():
+    assert DKConv2d(4, 8, 3, counts=np.int64(2)).counts == [2] * 4

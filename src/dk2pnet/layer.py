@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -360,7 +361,7 @@ def set_form(model: nn.Module, form: str) -> None:
 
 def _sources(counts: int | Iterable[int], channels: int, groups: int) -> list[int]:
     """Counts per channel -> input channel of every kernel, sorted by branch."""
-    per_channel = [int(counts)] * channels if isinstance(counts, int) else [int(count) for count in counts]
+    per_channel = [int(counts)] * channels if isinstance(counts, Integral) else [int(count) for count in counts]
     if len(per_channel) != channels:
         raise InputError(f"counts has {len(per_channel)} numbers; expected one, or {channels}: one per input channel")
     if min(per_channel) < 0:
