@@ -182,7 +182,6 @@ def compress(
             seed=seed,
             checkpoint_every=checkpoint_every,
         )
-
     elif method is not None or hints or compile:
         what = "method" if method is not None else "hints" if hints else "compile"
         raise InputError(f"{what} is of the training with labels, and epochs is 0; give --epochs too, or leave it away")
