@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,10 +54,10 @@ def kill_when(process, ready):
 
 def test_a_teacher_teaches_on_images_without_labels(place):
     images = load("digits").images
-    (place / "plain").mkdir()
+    (place / "drawings").mkdir()
     for number in range(48):
-        Image.fromarray(images[number, 0].numpy()).save(place / f"plain/{number}.png")
-    given = ["--model", "lenet", "--data", "plain", "--teacher", "teacher", "--method", "kd", "--batch-size", 8]
+        Image.fromarray(images[number, 0].numpy()).save(place / f"drawings/{number}.png")
+    given = ["--model", "lenet", "--data", "drawings", "--teacher", "teacher", "--method", "kd", "--batch-size", 8]
     answer = works(here, "train", *given, "--epochs", 1, "--out", "unlabelled", cwd=place)
     assert "no labelled test split\nWritten to unlabelled" in answer.out
     assert figures(place / "unlabelled")["network"]["accuracy"] is None
@@ -123,6 +124,7 @@ def test_ctrl_c_says_that_the_run_can_go_on(place):
     assert "what had begun goes on when the command is repeated" in " ".join(said.split())
     assert checkpoints(place / "stopped")
     assert not (place / "stopped").exists()
+    shutil.rmtree(place / "stopped.unfinished")
 
 
 # -- killed and repeated -----------------------------------------------------------------------------------------------
