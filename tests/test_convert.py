@@ -166,3 +166,9 @@ def test_broken_plans(text):
 def test_plan_of_another_format():
     with pytest.raises(InputError, match="has format 99"):
         Plan.from_json('{"format": 99, "layers": []}')
+
+
+def test_multiply_adds_of_a_transposed_convolution_are_those_of_its_input_positions():
+    net = nn.ConvTranspose2d(16, 8, 2, 2)
+    x = torch.zeros(1, 16, 8, 8)
+    assert find_convolutions(net, x)[0].macs == macs(net, x) == 16 * 8 * 4 * 64

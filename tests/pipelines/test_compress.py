@@ -537,3 +537,12 @@ def test_options_are_checked(options, words):
 def test_public_names_are_there():
     assert all(hasattr(dk2pnet, name) for name in dk2pnet.__all__)
     assert find_convolutions(net(), ONE)[0].reason == "first convolution"
+
+
+def test_why_a_layer_stays_dense():
+    """10 outputs: one kernel per channel takes 19 of 90 numbers; 1 output: 10 of 9."""
+    result = compress(net(), "macs=1.0", "weight", example_input=ONE)
+    assert {layer.reason for layer in result.plan.layers[1:]} == {"the budget leaves it dense"}
+    thin = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3), nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 4))
+    result = compress(thin, "macs=1.0", "weight", example_input=ONE)
+    assert result.plan.layers[1].reason == "dominant kernels would not be cheaper"

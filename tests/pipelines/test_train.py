@@ -8,6 +8,7 @@ import torch
 from dk2pnet import load_student
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.errors import InputError
+from dk2pnet.pipelines import fit as fitting
 from dk2pnet.pipelines import train as pipeline
 from dk2pnet.pipelines.train import train_network
 from dk2pnet.training.trainer import TrainingOptions
@@ -83,3 +84,15 @@ def test_a_teacher_is_given_images_normalised_as_it_expects(tmp_path, monkeypatc
     for (norm, images, found), expected in zip(seen, norms, strict=True):
         assert norm == expected
         torch.testing.assert_close(found, teacher(norms[1].apply(images)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "batches"), [(16, 2), (17, 2), (18, 3)])
+def test_one_image_alone_is_no_batch(images, batches, monkeypatch):
+    """A batch norm on 1 x 1 maps cannot train on it."""
+    seen = []
+    monkeypatch.setattr(fitting, "train", lambda *_, steps_per_epoch, **__: seen.append(steps_per_epoch) or {})
+    data = ImageData("mine", torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64))
+    options = replace(OPTIONS, batch_size=8)
+    norm = Normalization((0.5,), (0.5,))
+    fitting.fit(torch.nn.Identity(), data, options, example=None, normalization=norm, device="cpu", progress=print)
+    assert seen == [batches]
