@@ -161,3 +161,15 @@ def test_somebody_elses_images_calibrate_with_and_without_our_own(place):
     assert found["student"]["accuracy"] is None
     message = error_of(here("compress", "--model", "teacher", *options, "--epochs", 1, "--out", "no", cwd=place))
     assert "--data" in message
+
+
+def test_folders_of_somebody_elses_images_are_no_classes_of_the_network(place):
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        folder = place / "greys" / f"kind{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
+    named = ["--model", "lenet", "--weights", "teacher/model.safetensors", "--normalize", "0.5/0.5"]
+    works(
+        here, "compress", *named, "--calibration-data", "./greys", "--budget", "macs=0.5", "--out", "named", cwd=place
+    )
