@@ -31,10 +31,12 @@ def network_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def read_results(name: str, new: Mapping[str, Any]) -> dict[str, Any]:
-    """What benchmarks/results/NAME.json holds; `new` where there is no such file."""
+def read_results(name: str, new: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What benchmarks/results/NAME.json holds; `new`, where it is given, if there is no such file."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(new)
+    if new is not None and not path.exists():
+        return dict(new)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_results(name: str, result: Mapping[str, Any]) -> None:

@@ -4,8 +4,8 @@
     python benchmarks/reproduce.py cifar10 --weights resnet32.th ...       (a teacher trained by others)
 
 A schedule has the name of its data set, or begins with it. They are short, what two CPU cores can do in some hours; but
-`mnist_full` is that of the command without options (half an hour of a core for each student). Runs lie in
-FOLDER/SCHEDULE, are resumed after a kill and skipped once done. Writes benchmarks/results/reproduce-SCHEDULE.json.
+`mnist_full` is that of the command without options. Runs lie in FOLDER/SCHEDULE, are resumed after a kill and skipped
+once done. Writes benchmarks/results/reproduce-SCHEDULE.json.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ the exit code is 1 where a table is not the one that its JSON makes.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import Counter
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from common import RESULTS
+from common import read_results as read
 from demo import HEADER as demo_header
 from demo import table_rows as demo_rows
 from dk2pnet.measure import parameters
@@ -28,12 +29,7 @@ from dk2pnet.report.reproduction import (
 from dk2pnet.report.tables import format_count, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
-
-
-def read(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def demo() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from dk2pnet.pipelines.inputs import Network, Progress, load_data, open_network,
 from dk2pnet.pipelines.search import Prober
 from dk2pnet.pipelines.tune import Tuner, Tuning, tuning_of
 from dk2pnet.plan import Budget
-from dk2pnet.training.checkpoint import weights_digest
+from dk2pnet.training.checkpoint import digest_of
 
 __all__ = ["Figures", "Prepared", "check_options", "plain_options", "prepare"]
 
@@ -52,13 +51,10 @@ class Prepared:
 
     def digests(self) -> dict[str, str]:
         """What tells the network and the images of this run from others: their names may stay while they change."""
-        found = {"weights": weights_digest(self.teacher)}
+        found = {"digest_of_weights": digest_of(self.teacher.state_dict())}
         if self.images is not None:
-            first = next(iter(self.images.gather))[0]
-            found["images"] = hashlib.sha256(first.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[
-                :16
-            ]
-        return {f"digest_of_{what}": value for what, value in found.items()}
+            found["digest_of_images"] = digest_of({"first batch": next(iter(self.images.gather))[0]})
+        return found
 
     def prober(
         self,

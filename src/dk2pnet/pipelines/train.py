@@ -97,10 +97,10 @@ def train_network(
         raise InputError(f"method {options.method!r} needs a teacher; give one with --teacher")
     elif teacher_weights is not None:
         raise InputError(f"teacher weights {teacher_weights} were given without a teacher; name the network too")
-    known = [each.normalization for each in (network, taught_by) if each is not None and each.normalization is not None]
-    if taught_by is not None and network.plan is None and weights is None:
-        known.reverse()  # a student without weights expects nothing of its own
-    norm = known[0] if known else Normalization.measure(kept)
+    expected = [network.normalization, taught_by.normalization if taught_by else None]
+    if network.plan is None and weights is None:
+        expected.reverse()  # a student without weights expects nothing of its own
+    norm = expected[0] or expected[1] or Normalization.measure(kept)
     norm.check(training.channels)
     if taught_by is not None and taught_by.normalization not in (None, norm):
         taught_by.model.register_forward_pre_hook(_from_to(norm, taught_by.normalization))

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from dk2pnet.errors import InputError
 
-__all__ = ["Checkpoints", "random_state", "set_random_state", "weights_digest"]
+__all__ = ["Checkpoints", "digest_of", "random_state", "set_random_state"]
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.safetensors")
 _FORMAT = 1
@@ -128,10 +128,10 @@ class Checkpoints:
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 
 
-def weights_digest(model: nn.Module | None) -> str:
-    """What tells networks with other weights apart, at most 16 characters."""
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """What tells other tensors apart (a network's ``state_dict()``, images), 16 characters."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items() if model is not None else ():
+    for name, value in tensors.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

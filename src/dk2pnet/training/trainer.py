@@ -20,7 +20,7 @@ from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation, is_classifier, kept_modes, outputs_of, use_form
-from dk2pnet.training.checkpoint import Checkpoints, random_state, set_random_state, weights_digest
+from dk2pnet.training.checkpoint import Checkpoints, digest_of, random_state, set_random_state
 from dk2pnet.training.hints import find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
 from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, labels, method_named
@@ -186,7 +186,8 @@ def train(
     checkpoints = None
     if folder is not None:
         asked = {key: value for key, value in asdict(options).items() if key != "checkpoint_every"}
-        asked |= {"method": name, "student": weights_digest(model), "teacher": weights_digest(teacher)}
+        asked |= {"method": name, "student": digest_of(model.state_dict())}
+        asked |= {"teacher": digest_of(teacher.state_dict() if teacher is not None else {})}
         asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world}
         asked |= {"whitened": sorted(whitenings or ())}
         checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every)
