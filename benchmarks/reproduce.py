@@ -21,6 +21,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "mnist_full": {"data": "mnist"},
     "svhn_10k": {"epochs": 15, "teacher_epochs": 20},
     "cifar10": {"student": "dk2pnet-20x24", "epochs": 3, "teacher": "resnet32", "normalize": "imagenet"},
+    "cifar100": {"epochs": 26, "teacher": "resnet20x2", "teacher_epochs": 16},
     "cifar10_long": {"data": "cifar10", "epochs": 26, "teacher": "resnet44", "normalize": "imagenet"},
 }
 
@@ -28,14 +29,14 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = plain_parser(__doc__)
     parser.add_argument("schedule", choices=list(SCHEDULES))
-    parser.add_argument("--weights", help="of the teacher, where the schedule names one")
+    parser.add_argument("--weights", help="of the teacher, where the schedule has one of others")
     parser.add_argument("--data-dir", default=None)
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     options = parser.parse_args()
     schedule = {"data": options.schedule, **SCHEDULES[options.schedule]}
-    if "teacher" in schedule:
+    if "teacher" in schedule and "teacher_epochs" not in schedule:
         schedule["teacher_weights"] = options.weights
     results = reproduce(
         out=options.runs / options.schedule,

@@ -453,7 +453,7 @@ def reproduce(
         str | None, typer.Option(help="A network by name, such as dk2pnet-20x32 (depth x width).")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A trained network (OUT folder, or a name with its weights) in place of our own.")
+        str | None, typer.Option(help="An OUT folder or a name with its weights; a name alone is trained first.")
     ] = None,
     teacher_weights: Annotated[str | None, typer.Option(help="Weights of that teacher, as --weights.")] = None,
     normalize: Normalize = None,
@@ -466,7 +466,7 @@ def reproduce(
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable. Without: 0, 1 and 2.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of every student.")] = None,
-    teacher_epochs: Annotated[int | None, typer.Option(help="Of our own teacher.")] = None,
+    teacher_epochs: Annotated[int | None, typer.Option(help="Of a teacher that is trained first.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--lr", help="Highest learning rate.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="The same path in a minute or two, on small networks.")

@@ -18,6 +18,7 @@ from dk2pnet.student import load_student, save_student
 # Worked out by hand from the widths, for 3x32x32 and 10 classes: convolutions (+ biases) + batch norm + linear.
 COUNTS = {
     "resnet20": (269_722, 40_551_040),
+    "resnet20x2": (1_073_962, 161_596_672),
     "resnet20x4": (4_286_026, 643_500_544),
     "resnet32": (464_154, 68_862_592),
     "resnet44": (658_586, 97_174_144),
@@ -61,6 +62,7 @@ def test_resnet_counts_follow_from_the_depth():
 
     for depth in (20, 32, 44, 56, 110):
         assert by_hand(depth) == COUNTS[f"resnet{depth}"]
+    assert by_hand(20, 32) == COUNTS["resnet20x2"]
     assert by_hand(20, 64) == COUNTS["resnet20x4"]
 
 

@@ -90,8 +90,9 @@ def reproduce(
 ) -> dict[str, Any]:
     """Train the teacher, then the student under each method and seed; returns and writes the results so far.
 
-    None stands for what suits the data set (`SETUPS`). A `teacher` of the user's own is an OUT folder, or a name with
-    `teacher_weights`. `quick`: small networks, 3,000 images, two epochs, one seed: the same path in a minute or two.
+    None stands for what suits the data set (`SETUPS`). A `teacher` that is an OUT folder, or a name with
+    `teacher_weights`, is there already; another is a name, and trained first. `quick`: small networks, 3,000 images,
+    two epochs, one seed: the same path in a minute or two.
     `out` gets ``teacher/``, ``METHOD-SEED/`` (OUT folders), ``results.json``, ``results.md`` and ``figure.svg``; a call
     with other methods or seeds adds to it, one with another setup is refused.
     """
@@ -104,6 +105,9 @@ def reproduce(
         raise InputError(f"seeds are {', '.join(map(str, seeds)) or 'none'}; expected one or more, each 0 or more")
     if teacher is None and teacher_weights is not None:
         raise InputError(f"teacher weights {teacher_weights} were given without a teacher; name the network too")
+    trained = teacher is not None and (teacher_weights is not None or Path(teacher).is_dir())
+    if trained and teacher_epochs is not None:
+        raise InputError(f"teacher epochs {teacher_epochs} were given with a teacher that is trained; leave them out")
     settings: dict[str, Any] = {
         "data": data,
         "student": student or setup.student,
@@ -111,12 +115,13 @@ def reproduce(
         "teacher_weights": teacher_weights,
         "normalize": normalize,
         "epochs": setup.epochs if epochs is None else epochs,
-        "teacher_epochs": None if teacher is not None else teacher_epochs or setup.teacher_epochs,
+        "teacher_epochs": None if trained else teacher_epochs or setup.teacher_epochs,
         "learning_rate": setup.learning_rate if learning_rate is None else learning_rate,
         "images": _QUICK_IMAGES if quick else None,
         "quick": quick,
     }
-    make_network(settings["student"])  # its name is refused here, and not after hours of the teacher
+    for name in (settings["student"], *(() if trained else (settings["teacher"],))):
+        make_network(name)  # a wrong name is refused here, and not after hours of the teacher
     folder = Path(out)
     _check(folder, settings)
     common: dict[str, Any] = {"normalize": normalize, "data_dir": data_dir, "device": device, "threads": threads}
@@ -145,7 +150,7 @@ def reproduce(
         for name in chosen
     ]
     try:
-        if teacher is None:
+        if not trained:
             run(settings["teacher"], "teacher", options_for(epochs=settings["teacher_epochs"], method="labels"))
             _write(folder, settings)  # so that another call does not take this teacher for its own
             taught = {"teacher": str(folder / "teacher")}
@@ -262,8 +267,7 @@ def _continuing(settings: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) 
             missing.setdefault(names, []).append(seed)
     command = ["dk2pnet", "reproduce", settings["data"], "--out", "OUT"]
     for key in ("student", "teacher", "teacher_weights", "normalize", "epochs", "teacher_epochs", "learning_rate"):
-        own = key == "teacher" and settings["teacher_epochs"] is not None  # the command's own teacher has no option
-        if settings[key] is not None and not own:
+        if settings[key] is not None:
             # A file is named without its folder, which is another one on every machine.
             value = Path(settings[key]).name if key == "teacher_weights" else str(settings[key])
             command += ["--lr" if key == "learning_rate" else f"--{key.replace('_', '-')}", value]
