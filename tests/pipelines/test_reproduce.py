@@ -68,7 +68,20 @@ def test_what_is_there_is_not_made_again_and_the_rest_is_named(trained, tmp_path
     out = tmp_path / "out"
     first = reproduce("cifar10", out, methods=["kd"], seeds=(0,), epochs=5)
     assert first["continue"] == [
-        shlex.join(["dk2pnet", "reproduce", "cifar10", "--out", "OUT", "--student", "dk2pnet-32x32", *rest])
+        shlex.join(
+            [
+                "dk2pnet",
+                "reproduce",
+                "cifar10",
+                "--out",
+                "OUT",
+                "--student",
+                "dk2pnet-32x32",
+                "--teacher",
+                "resnet20x4",
+                *rest,
+            ]
+        )
         for rest in (
             ["--epochs", "5", "--teacher-epochs", "100", "--lr", "0.1"]
             + [part for name in METHODS if name != "kd" for part in ("--method", name)]
@@ -94,6 +107,16 @@ def test_a_teacher_of_the_users_own(trained, tmp_path):
     assert trained[0][3]["teacher"] == "resnet44"
     assert trained[0][3]["teacher_weights"] == "a/b.th"
     assert "--teacher resnet44 --teacher-weights b.th" in results["continue"][0]
+
+
+def test_a_teacher_named_without_weights_is_trained_first(trained, tmp_path):
+    results = reproduce("cifar10", tmp_path / "out", teacher="vgg8", teacher_epochs=7, methods=["kd"], seeds=(0,))
+    assert [(model, name, options.epochs) for model, name, options, _ in trained] == [
+        ("vgg8", "teacher", 7),
+        ("dk2pnet-32x32", "kd-0", 200),
+    ]
+    assert trained[1][3]["teacher"] == str(tmp_path / "out/teacher")
+    assert "--teacher vgg8 --epochs 200 --teacher-epochs 7" in results["continue"][0]
 
 
 def test_a_teacher_is_not_taken_for_that_of_another_setup(trained, tmp_path, monkeypatch):
@@ -137,6 +160,8 @@ def test_other_settings_are_refused_and_change_nothing(trained, tmp_path):
         ({"seeds": ()}, "seeds are none"),
         ({"seeds": (0, -1)}, "seeds are 0, -1; expected one or more, each 0 or more"),
         ({"teacher_weights": "x.th"}, "without a teacher"),
+        ({"teacher": "resnet99"}, "network 'resnet99' is not known"),
+        ({"teacher": "resnet20", "teacher_weights": "x.th", "teacher_epochs": 3}, "a teacher that is trained; leave"),
     ],
 )
 def test_bad_input(trained, tmp_path, given, words):

@@ -69,7 +69,7 @@ def resnet20(in_channels: int = 3, num_classes: int = 10) -> CifarResNet:
 
 
 def resnet20x2(in_channels: int = 3, num_classes: int = 10) -> CifarResNet:
-    """ResNet-20, twice as wide: 1,073,962 parameters, 161.6 M MACs at 3x32x32 with 10 classes."""
+    """ResNet-20, twice as wide: 1,073,962 parameters, 161.3 M MACs at 3x32x32 with 10 classes."""
     return CifarResNet(20, in_channels, num_classes, 32)
 
 
