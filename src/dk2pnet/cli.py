@@ -112,7 +112,7 @@ Tune = Annotated[
     ),
 ]
 Augment = Annotated[
-    str | None, typer.Option(help="Of the images while tuning: natural (shift, mirror), digits (shift) or none.")
+    str | None, typer.Option(help="Of the images: natural (shift, mirror), digits (shift) or none; without: by --data.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Train with torch.compile (needs a C++ compiler on a CPU).")]
 CheckpointEvery = Annotated[float, typer.Option(help="Seconds between two checkpoints of the training.")]
@@ -355,6 +355,7 @@ def train(
     out: Out,
     images: Annotated[int | None, typer.Option(help="So many of the training images. Without: all.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 20,
+    augment: Augment = None,
     batch_size: BatchSize = 128,
     learning_rate: Annotated[float, typer.Option("--lr", help="Highest learning rate.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Weight decay of weights (not of biases and norms).")] = 5e-4,
@@ -427,6 +428,7 @@ def train(
             classes=classes,
             options=options,
             images=images,
+            augment=augment,
             device=device,
             threads=threads,
             overwrite=overwrite,

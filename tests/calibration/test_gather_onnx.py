@@ -9,6 +9,7 @@ from torch import nn
 
 from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.calibration.gather_onnx import (
+    _Pair,
     _Walk,
     gather_onnx,
     layer_of,
@@ -114,6 +115,23 @@ def test_the_walk_sees_the_inputs_that_the_graphs_have(tmp_path):
             for feed, found in zip(batches, seen[site.name][place], strict=True):
                 np.testing.assert_allclose(found, run(feed)[site.x], rtol=1e-4, atol=1e-5)
     assert not np.allclose(*(side[0] for side in seen["c4"]))  # the student is another network by then
+
+
+def test_the_sums_of_inputs_far_from_zero_keep_their_variance():
+    """In float32 the square of 3,000 has no room for a variance of 1e-4."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 3000 + 0.01 * torch.randn(500, 2, 9, generator=generator)
+    student = teacher - 1 + 0.01 * torch.randn(500, 2, 9, generator=generator)
+    sums = _Pair(nn.Conv2d(2, 4, 3, groups=2))
+    for start, stop in ((0, 100), (100, 350), (350, 500)):
+        sums.add(teacher[start:stop], student[start:stop])
+    mean_teacher, mean_student, square, cross = sums.centred()
+    u, v = (side.double().transpose(0, 1) for side in (teacher, student))
+    torch.testing.assert_close(mean_teacher, u.mean(1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(mean_student, v.mean(1), rtol=1e-9, atol=0)
+    u, v = u - u.mean(1, keepdim=True), v - v.mean(1, keepdim=True)
+    torch.testing.assert_close(square, v.transpose(1, 2) @ v / 500, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(cross, u.transpose(1, 2) @ v / 500, rtol=1e-4, atol=1e-9)
 
 
 def smooth(batches):

@@ -95,6 +95,7 @@ REFUSED = {
     "half a hint": (["--teacher", "teacher", "--hint", "features.1="], ["features.1=", "TEACHER.LAYER=STUDENT.LAYER"]),
     "a hint without a map": (["--teacher", "teacher", "--hint", "classifier"], ["'classifier'", "feature map"]),
     "too few images": (["--images", 1], ["1 training images", "2 or more"]),
+    "an augmentation that there is not": (["--augment", "wild"], ["'wild'", "natural"]),
     "a negative weight": (["--teacher", "teacher", "--beta", "-1"], ["beta -1"]),
     "a precision that there is not": (["--precision", "int3"], ["'int3'", "bf16"]),
     "far too high a learning rate": (["--lr", "1e30"], ["not finite", "step", "labels", "--lr"]),

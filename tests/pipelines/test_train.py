@@ -62,6 +62,30 @@ def test_fewer_images_are_spread_over_all_classes(tmp_path, monkeypatch):
     assert set(seen[0].labels.tolist()) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize(
+    ("name", "augment", "used"),
+    [
+        ("photos", None, "natural"),
+        ("here/MNIST", None, "digits"),
+        ("ylecun/mnist", None, "digits"),
+        ("house numbers", "digits", "digits"),
+        ("mnist", "none", "none"),
+    ],
+)
+def test_the_augmentation_is_by_name_unless_it_is_given(name, augment, used, tmp_path, monkeypatch):
+    data = ImageData("mine", torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10)
+    seen = []
+
+    def watched(network, epoch_of, *_, **__):
+        seen.append(epoch_of(0).augment)
+        return {}
+
+    monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(fitting, "train", watched)
+    train_network("lenet", name, tmp_path / "out", options=OPTIONS, augment=augment)
+    assert seen == [used]
+
+
 def test_a_teacher_is_given_images_normalised_as_it_expects(tmp_path, monkeypatch):
     """The student was saved with one normalisation, its teacher with another."""
     for name, normalize in (("student", "0.2/0.5"), ("teacher", "0.6/0.25")):

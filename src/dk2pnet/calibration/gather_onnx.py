@@ -218,7 +218,11 @@ def _with_bias(layer: DKConv2d, bias: Tensor) -> DKConv2d:
 
 
 class _Pair:
-    """Sums of u, u', u' u'' and u u'' for patches u of the teacher and u' of the student at the same positions."""
+    """Sums of u, u', u' u'' and u u'' for patches u of the teacher and u' of the student at the same positions.
+
+    Both are taken from the mean of the first patches: beside the square of a large mean a small variance is lost in
+    float32 products.
+    """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         groups, inputs = conv.groups, conv.weight[0].numel()
@@ -226,10 +230,14 @@ class _Pair:
         self.cross = torch.zeros_like(self.square)
         self.teacher = torch.zeros(groups, inputs, dtype=torch.float64)
         self.student = torch.zeros_like(self.teacher)
+        self.origins: tuple[Tensor, Tensor] | None = None  # (G, C q) of teacher and student
         self.count = 0
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
         """Add patches ``(n, G, C q)``."""
+        if self.origins is None:
+            self.origins = teacher.mean(0), student.mean(0)
+        teacher, student = teacher - self.origins[0], student - self.origins[1]
         before, after = teacher.transpose(0, 1), student.transpose(0, 1)
         self.square += (after.transpose(1, 2) @ after).double()
         self.cross += (before.transpose(1, 2) @ after).double()
@@ -243,6 +251,8 @@ class _Pair:
         teacher, student = self.teacher / count, self.student / count
         square = self.square / count - student.unsqueeze(2) * student.unsqueeze(1)
         cross = self.cross / count - teacher.unsqueeze(2) * student.unsqueeze(1)
+        if self.origins is not None:
+            teacher, student = teacher + self.origins[0], student + self.origins[1]
         return teacher, student, square, cross
 
 

@@ -139,7 +139,8 @@ def compress(
     tune : distil the teacher into the student on the calibration images, without labels: a number of steps, a time
         ("2m"), 0 for not at all; None is 150 steps where `epochs` is 0, there are at least 100 calibration images, and
         the network is no more costly than CIFAR's ResNet-56
-    augment : of the images of a named data set while tuning: ``natural``, ``digits``, ``none``; None for what suits it
+    augment : of the images of a named data set while tuning and training: ``natural``, ``digits``, ``none``; None for
+        what suits it
     epochs, batch_size, learning_rate, method, hints, precision, compile, checkpoint_every : of the training after the
         decomposition, 0 epochs for none; as in `TrainingOptions`
     out : folder to write; None writes nothing and measures no latency. While the training runs, checkpoints and logs
@@ -268,6 +269,7 @@ def compress(
                     teacher=teacher,
                     name=data if isinstance(data, str) else None,
                     normalization=network.normalization,
+                    augment=augment,
                     validation=images.validation,
                     device=chosen,
                     folder=folder,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dk2pnet.data import ImageData, Normalization, UserBatches, has_split, load
+from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization, UserBatches, has_split, load
 from dk2pnet.errors import InputError
 from dk2pnet.models import check_finite, default_input_size, default_normalization, load_weights, make_network
 from dk2pnet.plan import Plan
@@ -24,6 +24,7 @@ __all__ = [
     "Progress",
     "augmentation_for",
     "batch_size_for",
+    "check_augment",
     "environment",
     "load_data",
     "open_network",
@@ -33,7 +34,7 @@ __all__ = [
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much (0: unknown)
 
-_DIGITS = {"digits", "mnist", "ylecun/mnist", "svhn", "svhn_10k", "ufldl-stanford/svhn"}
+_DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -113,8 +114,14 @@ def batch_size_for(size: Iterable[int]) -> int:
 
 
 def augmentation_for(name: str) -> str:
-    """Digits are never mirrored."""
-    return "digits" if name in _DIGITS else "natural"
+    """Digits, on the hub or in a folder of such a name, are never mirrored."""
+    return "digits" if Path(name).name.lower() in _DIGITS else "natural"
+
+
+def check_augment(augment: str | None) -> None:
+    """`InputError` for what is no augmentation."""
+    if augment is not None and augment not in AUGMENTATIONS:
+        raise InputError(f"augmentation is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
 
 
 def pick_device(device: str, threads: int | None = None) -> torch.device:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dk2pnet.convert import copy_model
-from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization, has_split, load
+from dk2pnet.data import ImageData, Normalization, has_split, load
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, macs, outputs_of, predict
 from dk2pnet.pipelines.clock import Clock
 from dk2pnet.pipelines.closed_form import ClosedForm
 from dk2pnet.pipelines.decomposition import CRITERIA
 from dk2pnet.pipelines.images import Images, named_images, user_images
-from dk2pnet.pipelines.inputs import Network, Progress, load_data, open_network, silent
+from dk2pnet.pipelines.inputs import Network, Progress, check_augment, load_data, open_network, silent
 from dk2pnet.pipelines.search import Prober
 from dk2pnet.pipelines.tune import Tuner, Tuning, tuning_of
 from dk2pnet.plan import Budget
@@ -122,8 +122,7 @@ def check_options(criterion: str, calibration_images: int, memory: float, augmen
             f"calibration images {calibration_images}, memory {memory:g} GiB; expected at least 2 images and memory "
             "above 0"
         )
-    if augment is not None and augment not in AUGMENTATIONS:
-        raise InputError(f"augmentation is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
+    check_augment(augment)
 
 
 def prepare(

@@ -27,6 +27,7 @@ from dk2pnet.pipelines.folders import (
 from dk2pnet.pipelines.inputs import (
     Progress,
     batch_size_for,
+    check_augment,
     environment,
     load_data,
     open_network,
@@ -57,6 +58,7 @@ def train_network(
     classes: int | None = None,
     options: TrainingOptions | None = None,
     images: int | None = None,
+    augment: str | None = None,
     device: str = "auto",
     threads: int | None = None,
     overwrite: bool = False,
@@ -70,9 +72,11 @@ def train_network(
     `normalize` the images are normalised as a network with weights expects, as the teacher does for one without, else
     by their own mean and standard deviation; that is saved with the network, and a teacher that expects something else
     is given that. `images`: so many of the training split, spread evenly over it, the same in every call, None for all.
+    `augment`: ``natural``, ``digits`` or ``none``; None for what suits the data set's name.
     Checkpoints and logs lie in ``OUT.unfinished`` until the run is done; the same call goes on from there.
     """
     options = options or TrainingOptions()
+    check_augment(augment)
     check_out(out, overwrite)
     chosen = pick_device(device, threads)
     training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
@@ -117,6 +121,7 @@ def train_network(
             teacher=taught_by.model if taught_by else None,
             name=data,
             normalization=norm,
+            augment=augment,
             validation=validation,
             device=chosen,
             folder=folder,
