@@ -70,8 +70,9 @@ class Tuned(Harness):
             torch.save(student, place)
         return torch.load(place, weights_only=False)
 
-    def tuned(self, student: nn.Module, rate: float, batch_norm: str, whitened: bool) -> nn.Module:
-        """The last step's student, with the batch norm that is closer to the teacher."""
+    def tuned(self, student: nn.Module, rate: float, batch_norm: str, whitened: bool) -> nn.Module | None:
+        """The last step's student with the batch norm that is closer to the teacher; None if tuning brought it no
+        closer on the held-out images, where `compress` too keeps the student as it was."""
         tuner = Tuner(
             self.teacher,
             self.answers,
@@ -84,7 +85,7 @@ class Tuned(Harness):
         )
         nothing: Any = None  # the plan plays no part in tuning
         solved = Solved(student, nothing, whitenings=self.whitenings(student) if whitened else {})
-        return tuner.tune(solved, STEPS) or student
+        return tuner.tune(solved, STEPS)
 
     def whitenings(self, student: nn.Module) -> dict[str, Whitening]:
         """Of all DK layers, by the moments of the teacher's inputs."""
@@ -122,8 +123,9 @@ def explore(harness: Tuned, results: Rows, name: str, budget: float, about: Mapp
         found = key | size
         if rate:
             began = time.perf_counter()
-            student = harness.tuned(student, rate, batch_norm, whitened)
-            found["seconds"] = time.perf_counter() - began
+            tuned = harness.tuned(student, rate, batch_norm, whitened)
+            found |= {"seconds": time.perf_counter() - began, "kept": tuned is not None}
+            student = tuned or student
         found |= harness.figures(student)
         results.add(found, about)
         print(found, flush=True)

@@ -36,8 +36,10 @@ def main() -> None:
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     options = parser.parse_args()
     schedule = {"data": options.schedule, **SCHEDULES[options.schedule]}
-    if "teacher" in schedule and "teacher_epochs" not in schedule:
-        schedule["teacher_weights"] = options.weights
+    by_others = "teacher" in schedule and "teacher_epochs" not in schedule
+    if by_others != (options.weights is not None):
+        parser.error(f"{options.schedule} {'needs the' if by_others else 'trains its teacher and takes no'} --weights")
+    schedule["teacher_weights"] = options.weights
     results = reproduce(
         out=options.runs / options.schedule,
         methods=options.method,

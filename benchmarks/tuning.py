@@ -158,7 +158,9 @@ class Bench:
                 whitened=row["whitened"],
                 progress=lambda *_: times.append(time.perf_counter()),
             )
-            student = tuner.tune(start, row["steps"]) or student
+            tuned = tuner.tune(start, row["steps"])
+            found["kept"] = tuned is not None  # else the student stays as it was, as in `compress`
+            student = tuned or student
             # By the median, as the process may have been stopped for a while.
             found["seconds"] = row["steps"] * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
         answers = predict(student, self.validation)

@@ -88,6 +88,21 @@ def test_reasons_order_positions_and_aliases(odd):
         assert words in by_name[name].reason
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(input=self.stem(x)).mean((2, 3))
+
+
+def test_a_convolution_that_is_called_by_keyword_stays_dense():
+    stem, conv = find_convolutions(ByKeyword(), torch.zeros(1, 3, 8, 8))
+    assert (stem.reason, conv.positions, conv.input_size) == ("first convolution", 64, (8, 8))
+    assert "by keyword" in conv.reason
+
+
 def test_keep_and_first(odd):
     example = torch.zeros(1, 3, 8, 8)
     assert not find_convolutions(odd, example, first=True)[0].reason

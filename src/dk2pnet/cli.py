@@ -238,7 +238,7 @@ def compress(
     _print_result(result.plan, result.metrics)
     written = ["model.safetensors", "plan.json", "model.onnx"]
     written += ["model.int8.onnx"] * ("int8" in result.metrics) + ["model.pt2"] * pt2
-    console.print(f"Written to {out}: {', '.join(written)}, report.html, metrics.json, recipe.yaml")
+    _say(f"Written to {out}: {', '.join(written)}, report.html, metrics.json, recipe.yaml")
 
 
 @app.command()
@@ -290,8 +290,8 @@ def explore(
         return
     console.print(rich_table(metrics["measure"], CURVE_HEADER, curve_rows(metrics)))
     for line in (knee_sentence(metrics), *metrics["notes"]):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Written to {out}: report.html, metrics.json, recipe.yaml")
+        _say(line)
+    _say(f"Written to {out}: report.html, metrics.json, recipe.yaml")
 
 
 def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
@@ -303,8 +303,7 @@ def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
     for parameter in context.command.params:
         name = parameter.name or ""
         default = parameter.get_default(context, call=False)
-        idle = ("recipe", "device", "batch_size", "checkpoint_every", "learning_rate", "precision", *taken)
-        if name not in idle and (given[name] or default) and given[name] != default:
+        if name not in ("recipe", *taken) and (given[name] or default) and given[name] != default:
             raise InputError(
                 f"{parameter.opts[0]} does not go with an .onnx model, which can only be decomposed, not trained; "
                 "leave it away"
@@ -315,7 +314,7 @@ def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
     with _progress() as progress:
         result = compress_onnx(**{**options, "command": _command(), "progress": progress})
     _print_result(result.plan, result.metrics)
-    console.print(f"Written to {given['out']}: model.onnx, plan.json, report.html, metrics.json, recipe.yaml")
+    _say(f"Written to {given['out']}: model.onnx, plan.json, report.html, metrics.json, recipe.yaml")
 
 
 def _print_result(plan: Plan, metrics: Mapping[str, Any]) -> None:
@@ -329,22 +328,19 @@ def _print_result(plan: Plan, metrics: Mapping[str, Any]) -> None:
         rich_table,
     )
 
-    console.print(plan.summary(), highlight=False, soft_wrap=True)
+    _say(plan.summary())
     console.print(rich_table("", ("", "teacher", "student", "change"), comparison_rows(metrics)))
     if metrics.get("int8"):
         console.print(rich_table("", INT8_HEADER, int8_rows(metrics)))
     if metrics.get("decided"):
         console.print(rich_table("", PROBES_HEADER, probe_rows(metrics)))
-        console.print(decided_sentence(metrics["decided"]), highlight=False, soft_wrap=True, markup=False)
+        _say(decided_sentence(metrics["decided"]))
     for decision in metrics["decisions"]:
         after = "-" if decision["after"] is None else f"{decision['after']:.4g}"
-        console.print(
-            f"{decision['what']}: {decision['measure']} {decision['before']:.4g} -> {after}, "
-            f"{'kept' if decision['kept'] else 'not kept'}",
-            highlight=False,
-        )
+        kept = "kept" if decision["kept"] else "not kept"
+        _say(f"{decision['what']}: {decision['measure']} {decision['before']:.4g} -> {after}, {kept}")
     for note in metrics.get("notes", ()):
-        console.print(note, highlight=False, soft_wrap=True, markup=False)
+        _say(note)
 
 
 @app.command()
@@ -442,8 +438,8 @@ def train(
     test, validation = figures["accuracy"], figures["validation_accuracy"]
     said = ["no labelled test split" if test is None else f"test accuracy {test:.2f} %"]
     said += [f"validation accuracy {validation:.2f} %"] if validation is not None else []
-    console.print(", ".join(said), highlight=False)
-    console.print(f"Written to {out}")
+    _say(", ".join(said))
+    _say(f"Written to {out}")
 
 
 @app.command()
@@ -493,8 +489,8 @@ def reproduce(
     where = ["--out", str(out), *(["--data-dir", data_dir] if data_dir else [])]
     for command in results["continue"]:
         command = command.replace("--out OUT", shlex.join(where), 1)  # results.json names no folder
-        console.print(f"Not run yet: {command}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Written to {out}: results.md, results.json, figure.svg")
+        _say(f"Not run yet: {command}")
+    _say(f"Written to {out}: results.md, results.json, figure.svg")
 
 
 @app.command()
@@ -534,7 +530,7 @@ def evaluate(
     for name in ("parameters", "macs", "bytes"):
         if name in figures:
             text += f", {'MACs' if name == 'macs' else name} {format_count(figures[name])}"
-    console.print(text, highlight=False)
+    _say(text)
 
 
 _INTERRUPTED = 130  # what typer ends with after Ctrl-C
@@ -574,6 +570,11 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
+def _say(text: str) -> None:
+    """Print as it is: brackets in a name are no markup, and long lines are left to the terminal."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def _command() -> str:
     return shlex.join(["dk2pnet", *sys.argv[1:]])
 
@@ -585,7 +586,7 @@ def _is_plain(value: Any) -> bool:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """Bars with the time left; one per step, finished ones stay."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, disable=not is_main()) as bars:
         tasks: dict[str, Any] = {}
 

@@ -35,6 +35,7 @@ class Convolution:
     aliases: list[str] = field(default_factory=list)
     activation: int = 0  # numbers in the largest input and output of one image, together
     input_size: tuple[int, int] = (0, 0)  # height and width of the (last) input
+    by_keyword: bool = False  # whether its input is given as ``input=``
 
     @property
     def shape(self) -> str:
@@ -79,17 +80,19 @@ def find_convolutions(
                 found[module] = Convolution(name, module)
     order: list[nn.Module] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         site = found[module]
         site.calls += 1
-        each = args[0] if site.module.transposed else output  # where the kernel is put
+        site.by_keyword = site.by_keyword or not args
+        x = args[0] if args else kwargs["input"]
+        each = x if site.module.transposed else output  # where the kernel is put
         site.positions += each[:, 0].numel() // len(example)
-        site.activation = max(site.activation, (args[0].numel() + output.numel()) // len(example))
-        if args[0].dim() == 4:
-            site.input_size = (args[0].shape[2], args[0].shape[3])
+        site.activation = max(site.activation, (x.numel() + output.numel()) // len(example))
+        if x.dim() == 4:
+            site.input_size = (x.shape[2], x.shape[3])
         order.append(module)
 
-    handles = [module.register_forward_hook(hook) for module in found]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in found]
     try:
         with evaluation(model):
             model(example)
@@ -125,6 +128,8 @@ def _reason(site: Convolution, is_first: bool, tied: Sequence[str]) -> str:
         return f"{type(module).__name__} computes its weight or its output in a way of its own"
     if site.calls == 0:
         return "not used by the example input"
+    if site.by_keyword:
+        return "the network gives it its input by keyword (input=...), which the statistics do not see"
     if tied:
         return f"its weight is tied to that of {tied[0]}"
     if module.kernel_size == (1, 1):

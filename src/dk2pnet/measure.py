@@ -20,6 +20,7 @@ __all__ = [
     "agreement",
     "divergence",
     "evaluation",
+    "in_layout",
     "is_classifier",
     "kept_modes",
     "macs",
@@ -87,6 +88,13 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def in_layout(model: nn.Module, layout: torch.memory_format) -> None:
+    """Put weights and buffers (B, C, H, W) into a memory format; `nn.Module.to` would fail on others, as of Conv3d."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
 
 
 @contextmanager

@@ -12,16 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["broadcast", "count", "is_main", "join", "processor", "rank", "sum_over_all", "wait"]
+__all__ = ["broadcast", "count", "is_alone", "is_main", "join", "processor", "rank", "sum_over_all", "wait"]
 
 
 def join(device: str) -> torch.device | None:
     """Join the other processes; the device of this one, or None where it runs alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if is_alone():
         return None
     from accelerate import PartialState
 
     return PartialState(cpu=device == "cpu" or not torch.cuda.is_available()).device
+
+
+def is_alone() -> bool:
+    """Whether this process was started without others, joined yet or not."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2
 
 
 def count() -> int:

@@ -105,6 +105,13 @@ def test_the_hints_are_the_last_maps_and_the_outputs(tmp_path):
     assert sorted(shapes.values()) == [(16, 1, 1), (16, 9, 9)]
 
 
+def test_a_number_for_each_image_can_be_a_hint():
+    from dk2pnet.deploy.as_torch import _Flat
+
+    x = torch.tensor([1.0, -torch.inf, 2.0])
+    assert torch.equal(_Flat()(x), torch.tensor([1.0, 0.0, 2.0]).view(3, 1, 1, 1))
+
+
 def integers(made):
     made.graph.node.append(helper.make_node("ArgMax", ["y"], ["class"], axis=1))
     made.graph.output[0].CopyFrom(value("class", "n", 1, 1, 1, kind=TensorProto.INT64))

@@ -136,10 +136,16 @@ class Several(nn.Module):
 
     def forward(self, x: Tensor):
         y = self.body(x)
-        return (y, y.mean((2, 3))) if self.kind == "tuple" else {"map": y, "mean": y.mean((2, 3))}
+        mean = y.mean((2, 3))
+        kinds = {
+            "tuple": (y, mean),
+            "dict": {"map": y, "mean": mean},
+            "nested": {"maps": [y], "aux": None, "mean": mean},
+        }
+        return kinds[self.kind]
 
 
-@pytest.mark.parametrize("kind", ["tuple", "dict"])
+@pytest.mark.parametrize("kind", ["tuple", "dict", "nested"])
 def test_several_outputs_and_names(kind, tmp_path):
     net = Several(kind).eval()
     export_onnx(net, batches()[0], tmp_path / "net.onnx", input_name="image", output_name="out")

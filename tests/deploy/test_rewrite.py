@@ -115,6 +115,7 @@ def test_weights_in_constant_nodes_and_behind_aliases(tmp_path):
     new = rewrite(network, exact(network))
     x = images((8, 8))[0]
     np.testing.assert_allclose(run(new, x)[0], run(made, x)[0], rtol=1e-4, atol=1e-5)
+    assert network.parameters == read_onnx(save(small(), tmp_path)).parameters  # a shared one counts once
     assert {"held", "alias"}.isdisjoint(each.name for each in new.graph.node)
     assert "b0" not in [each.name for each in new.graph.initializer]
 

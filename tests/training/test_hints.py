@@ -62,6 +62,28 @@ def test_hints_are_the_ends_of_the_stages():
     assert find_hints(Hourglass(), ONE) == ["middle", "end"]
 
 
+class Bottleneck(nn.Module):
+    """One activation module at two resolutions, as in ResNet-50: its last call is what can be taken."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 3, stride, 1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.conv2(self.relu(self.conv1(x))))
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_an_activation_called_at_two_resolutions_ends_the_stage_of_its_last_call(activations):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, 1, 1), nn.ReLU(), Bottleneck(2), Bottleneck(2))
+    pairs = find_pairs(model, model, ONE, activations=activations)
+    with capture(model, [Tap(pair.student) for pair in pairs]) as maps:
+        model(ONE)
+        sizes = [maps[pair.student].shape[2] for pair in pairs]
+    assert sizes == [8, 4, 2]
+
+
 def test_finding_leaves_the_networks_alone():
     student, teacher = resnet20().train(), resnet32().eval()
     teacher.layer1.train()

@@ -586,3 +586,98 @@ def test_options_of_tuning_check_themselves():
     for bad in ({"optimizer": "lion"}, {"batch_norm": "off"}, {"steps": 0}, {"distill": -1.0}):
         with pytest.raises(InputError, match=str(next(iter(bad.values())))):
             TrainingOptions(**bad)
+
+
+@pytest.mark.parametrize(("warmup", "first"), [(None, 1 / 2), (4, 1 / 4), (0, 1.0)])
+def test_no_warm_up_is_none(warmup, first, monkeypatch):
+    rates = []
+    usual = trainer._rate
+
+    def watched(*args):
+        rates.append(usual(*args))
+        return rates[-1]
+
+    monkeypatch.setattr(trainer, "_rate", watched)
+    options = replace(OPTIONS, epochs=20, warmup=warmup)
+    run(network(), toy(32), options)  # two steps to an epoch
+    assert rates[0] == pytest.approx(first)
+    with pytest.raises(InputError, match="warm-up -1"):
+        TrainingOptions(warmup=-1)
+
+
+def test_a_network_that_is_frozen_is_refused_in_a_sentence():
+    with pytest.raises(InputError, match="all weights of the network are frozen"):
+        run(network().requires_grad_(False))
+
+
+class WithHelp(nn.Module):
+    """Auxiliary outputs while it trains, as in GoogLeNet; `classes` 0: maps, as of a detector."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.classes = nn.Conv2d(1, 8, 3, padding=1), classes
+        self.head, self.help = nn.Linear(8, classes or 4), nn.Linear(8, classes or 4)
+
+    def forward(self, x):
+        x = F.relu(self.body(x))
+        x = x.mean((2, 3)) if self.classes else x.permute(0, 2, 3, 1)
+        return (self.head(x), self.help(x)) if self.training else self.head(x)
+
+
+@pytest.mark.parametrize("method", ["labels", "kd", "kp-channel"])
+def test_auxiliary_heads_of_a_classifier_are_left_alone(method):
+    torch.manual_seed(0)
+    model, teacher = WithHelp(4), WithHelp(4)
+    before = model.help.weight.detach().clone()
+    options = replace(OPTIONS, method=method, weight_decay=0.0)
+    run(model, options=options, teacher=None if method == "labels" else teacher)
+    assert torch.equal(model.help.weight, before)
+    assert model.help.weight.grad is None or not model.help.weight.grad.any()
+
+
+def test_other_outputs_while_it_trains_do_not_stop_hints():
+    torch.manual_seed(0)
+    model, teacher = WithHelp(0), WithHelp(0)
+    terms = run(model, toy(labels=False), TUNE, teacher=teacher)
+    assert terms.keys() == {"loss", "hints"}
+    with pytest.raises(InputError, match="2 outputs while it trains and the teacher 1"):
+        run(model, toy(labels=False), replace(TUNE, distill=1.0), teacher=teacher)
+
+
+def test_in_stage_two_of_fitnets_the_regressors_have_a_gradient():
+    """Several processes wait for one of every parameter."""
+    torch.manual_seed(0)
+    model, teacher, method = narrow(), network(), method_named("fitnets")
+    pairs = trainer._pairs(model, teacher, method, OPTIONS, ONE)
+    taps, hints = trainer.taps_of(model, teacher, pairs, method, ONE)
+    x, y = toy()[0]
+    with hinting(teacher, hints) as teaching, trainer.guided(model, taps, hints, method, 0) as student:
+        stage = trainer._Stage(0, 1)
+        _, loss = trainer._loss(student, teaching, x, y, stage, method, OPTIONS, 0.5, lambda: True)
+        loss.backward()
+        assert student.heads
+        assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_weights_of_other_than_four_dimensions_are_no_obstacle():
+    model = network()
+    model.register_buffer("grid", torch.zeros(1, 2, 2, 2, 2))
+    run(model)
+    assert model.grid.shape == (1, 2, 2, 2, 2)
+    assert model[0].weight.is_contiguous()
+
+
+def test_alone_the_accelerator_is_not_told_to_stay_on_the_cpu(monkeypatch):
+    """It refuses that in a process that has used a GPU before; the device is our own choice anyway."""
+    import accelerate
+
+    asked = []
+
+    class Watched(accelerate.Accelerator):
+        def __init__(self, **given):
+            asked.append(given["cpu"])
+            super().__init__(**given)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Watched)
+    run(network(), toy(32))
+    assert asked == [False]

@@ -150,15 +150,13 @@ class Rows:
     convert: bool  # else an image in colour among grey ones is an error
 
     @classmethod
-    def probe(cls, name: str, dataset: Any, column: str, size: int | None, channels: int | None) -> Rows:
+    def probe(cls, name: str, dataset: Any, column: str, size: tuple[int, int] | None, channels: int | None) -> Rows:
         """Learn from the first image alone what was not asked for."""
         rows = torch.arange(len(dataset))
-        images = cls(
-            name, dataset, column, rows, channels or 3, (size or 0,) * 2, size is not None, channels is not None
-        )
+        images = cls(name, dataset, column, rows, channels or 3, size or (0, 0), size is not None, channels is not None)
         value = dataset[:1][column][0]
         image = _decode(value, images.where(value, 0))
-        height, width = (size, size) if size else (image.height, image.width)
+        height, width = size or (image.height, image.width)
         return replace(images, channels=channels or (1 if _is_grey(image) else 3), size=(height, width))
 
     def where(self, value: Any, row: int) -> str:
@@ -422,13 +420,17 @@ def _random_crop(size: tuple[int, int], augment: str, least: float) -> Callable[
 
 
 def _fit(image: Image, size: tuple[int, int]) -> Image:
-    """Resize the shorter side and cut out the centre; large images lose a margin, as is usual (256 to 224)."""
+    """Resize to cover `size` and cut out the centre; large images lose a margin, as is usual (256 to 224)."""
     if (image.height, image.width) == size:
         return image
     from torchvision.transforms.v2 import functional
 
-    side = size[0] if size[0] <= _SMALL else round(size[0] * 256 / 224)
-    return functional.center_crop(functional.resize(image, [side], antialias=True), list(size))
+    if size[0] == size[1]:
+        side = size[0] if size[0] <= _SMALL else round(size[0] * 256 / 224)
+        return functional.center_crop(functional.resize(image, [side], antialias=True), list(size))
+    scale = max(size[0] / image.height, size[1] / image.width) * (1 if max(size) <= _SMALL else 256 / 224)
+    covering = [max(round(image.height * scale), size[0]), max(round(image.width * scale), size[1])]
+    return functional.center_crop(functional.resize(image, covering, antialias=True), list(size))
 
 
 def _is_grey(image: Image) -> bool:

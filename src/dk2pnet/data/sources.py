@@ -42,7 +42,7 @@ def load(
     split: str = "train",
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     channels: int | None = None,
 ) -> ImageData:
     """Open a data set; of its images only the first is decoded.
@@ -60,7 +60,7 @@ def load(
     data_dir
         Folder with one sub-folder per data set, searched before the hub; else the environment variable DK2PNET_DATA.
     size
-        Side that images are resized to; without it all must have one size.
+        Side, or (height, width), that images are resized to; without it all must have one size.
     channels
         1 (grey) or 3 (colour); without it, what the first image has.
 
@@ -70,15 +70,16 @@ def load(
         When there is no such data set or split, or an image cannot be read.
     """
     name = os.fspath(name)
-    if size is not None and size < 1:
-        raise InputError(f"image side is {size}; expected 1 or more")
+    sides = (size, size) if isinstance(size, int) else size
+    if sides is not None and min(sides) < 1:
+        raise InputError(f"image side is {min(sides)}; expected 1 or more")
     if channels not in (None, 1, 3):
         raise InputError(f"channels is {channels}; expected 1 (grey) or 3 (colour)")
     splits = _find(name, data_dir)
     found = _pick(splits, split)
     if found is None:
         raise InputError(f"data set {name!r} has no split {split!r}; it has {', '.join(splits)}: choose one of these")
-    return _from_dataset(name, splits[found](), size, channels)
+    return _from_dataset(name, splits[found](), sides, channels)
 
 
 def has_split(name: str | os.PathLike[str], split: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
@@ -248,7 +249,7 @@ def _digits(split: str) -> Any:
     return datasets.Dataset.from_dict({"image": list(pixels), "label": digits.target[rows].tolist()}, features)
 
 
-def _from_dataset(name: str, dataset: Any, size: int | None, channels: int | None) -> ImageData:
+def _from_dataset(name: str, dataset: Any, size: tuple[int, int] | None, channels: int | None) -> ImageData:
     """Find the images and the labels among the columns."""
     datasets = _datasets()
     if not len(dataset):

@@ -146,7 +146,7 @@ class _Flat(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.where(torch.isfinite(x), x, torch.zeros_like(x))
-        return x if x.dim() == 4 else x.flatten(1)[:, :, None, None]
+        return x if x.dim() == 4 else x.reshape(len(x), -1)[:, :, None, None]
 
 
 def _numbered(proto: ModelProto) -> tuple[ModelProto, dict[str, int]]:

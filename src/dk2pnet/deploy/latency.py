@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dk2pnet.deploy.onnx import Feed, session
 from dk2pnet.errors import InputError
+from dk2pnet.measure import in_layout
 from dk2pnet.processes import processor
 
 __all__ = [
@@ -271,7 +272,8 @@ def _in_pytorch(network: nn.Module, example: np.ndarray | Tensor, target: str) -
     x = example.detach() if isinstance(example, Tensor) else torch.from_numpy(example)
     x = x.to(device)
     if x.dim() == 4:  # the layout in which PyTorch's convolutions are fastest on processors and GPUs
-        x, module = x.to(memory_format=torch.channels_last), module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.to(memory_format=torch.channels_last)
+        in_layout(module, torch.channels_last)
     function = torch.compile(module) if target == "pytorch-compile" else module
 
     def call() -> object:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dk2pnet.deploy.emit import with_plain_layers
 from dk2pnet.deploy.fuse import fold_batch_norms
 from dk2pnet.errors import InputError
+from dk2pnet.measure import outputs_of
 
 __all__ = [
     "Feed",
@@ -254,11 +255,13 @@ class _Flat(nn.Module):
 
 
 def _tensors(output: Any, name: str) -> list[Tensor]:
-    values = list(output.values()) if isinstance(output, Mapping) else output
-    values = [values] if isinstance(values, Tensor) else values
-    if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, Tensor) for value in values):
+    try:
+        values = outputs_of(output)
+    except InputError:
+        values = []
+    if not values:
         raise InputError(f"{name} gives {type(output).__name__}; expected a tensor, or a tuple or dict of tensors")
-    return list(values)
+    return values
 
 
 # -- the exporters ---------------------------------------------------------------------------------------------------

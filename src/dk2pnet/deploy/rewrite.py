@@ -119,9 +119,10 @@ class OnnxNetwork:
 
     @property
     def parameters(self) -> int:
-        """Numbers in its floating-point constants."""
+        """Numbers in its floating-point constants, those that have several names counted once."""
         kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
-        sizes = (math.prod(tensor.dims) for tensor in self.constants.values() if tensor.data_type in kinds)
+        tensors = {id(tensor): tensor for tensor in self.constants.values()}.values()
+        sizes = (math.prod(tensor.dims) for tensor in tensors if tensor.data_type in kinds)
         return sum(size for size in sizes if size > 1)
 
     def counted(self) -> list[NodeProto]:

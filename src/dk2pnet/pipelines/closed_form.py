@@ -168,7 +168,7 @@ class ClosedForm:
             self.parameters,
         )
         for layer in plan.layers:
-            layer.form = forms.get(layer.name)
+            layer.form = forms.get(layer.name, layer.form)  # one of dominant kernels already keeps its own
         self.progress("solving", 0, len(replaced))
         with self.clock("solve"):
             factors = solve_layers(replaced, self.open, self.store, self.criterion, self.progress)
@@ -259,12 +259,13 @@ class ClosedForm:
         if processes.is_main():
             sizes = {name: site.input_size for name, site in self.open.items()}
             table = LatencyTable(self.target, self.threads)
-            dense = deployable(self.teacher, self.example, self.target)
+            before = self.network.forms
+            dense = deployable(self.teacher, self.example, self.target, before)
 
             def build(counts: Mapping[str, Tensor | None]) -> tuple[Any, dict[str, str]]:
                 student = with_kernels(self.teacher, counts)
                 forms = choose_forms(student, sizes, table)
-                return deployable(student, self.example, self.target, forms), forms
+                return deployable(student, self.example, self.target, before | forms), forms
 
             try:
                 found[0] = spend_latency(

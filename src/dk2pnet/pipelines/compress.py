@@ -40,6 +40,7 @@ from dk2pnet.pipelines.images import Images
 from dk2pnet.pipelines.inputs import (
     Progress,
     environment,
+    left_as_found,
     pick_device,
     silent,
 )
@@ -63,6 +64,7 @@ class Result:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+@left_as_found()
 def compress(
     model: str | nn.Module,
     budget: str | Budget = "macs=0.44",
@@ -304,16 +306,20 @@ def compress(
             metrics[side] = {"onnx_bytes": None, "latency_ms": None} | metrics[side]
             del metrics[side]["name"]
         if out is not None and processes.is_main():
+            made = folder / "probes" / str(probe.budget) if folder is not None and wanted.in_points else folder
+            tuning_folder = made / "tuning" if made is not None else None
             _write(
                 Path(out),
                 overwrite,
                 teacher,
+                network.forms,
                 student,
                 plan,
                 metrics,
                 example,
                 recipe,
                 folder,
+                tuning_folder,
                 threads,
                 target,
                 images if int8 else None,
@@ -344,12 +350,14 @@ def _write(
     out: Path,
     overwrite: bool,
     teacher: nn.Module,
+    teacher_forms: Mapping[str, str],
     student: nn.Module,
     plan: Plan,
     metrics: dict[str, Any],
     example: Tensor,
     recipe: Mapping[str, Any],
     logs: Path | None,
+    tuning: Path | None,
     threads: int | None,
     target: str,
     int8: Images | None,
@@ -361,23 +369,23 @@ def _write(
     example = example.cpu()
     with new_folder(out, overwrite) as folder:
         progress("exporting", 0, 0)
-        if not plan.forms:
-            with clock("choosing forms"):
-                sizes = {site.name: site.input_size for site in find_convolutions(copy_model(teacher).cpu(), example)}
-                table = LatencyTable(target, threads, progress=lambda done, of: progress("timing layers", done, of))
-                forms = choose_forms(student, sizes, table)
-            for layer in plan.layers:
-                layer.form = forms.get(layer.name)
+        sites = find_convolutions(copy_model(teacher).cpu(), example)
+        sizes = {site.name: site.input_size for site in sites if site.name not in plan.forms}
+        with clock("choosing forms"):
+            table = LatencyTable(target, threads, progress=lambda done, of: progress("timing layers", done, of))
+            forms = choose_forms(student, sizes, table)
+        for layer in plan.layers:
+            layer.form = forms.get(layer.name, layer.form)
         with clock("export"):
             metrics["student"]["onnx_difference"] = write_onnx(student, plan, example, folder / "model.onnx")
             dense = folder / "teacher.onnx"
-            export_onnx(teacher, example, dense)
+            export_onnx(teacher, example, dense, forms=teacher_forms)
         progress("measuring latency", 0, 0)
         paths = {"teacher": dense, "student": folder / "model.onnx"}
         networks: Mapping[str, Any] = paths
         if target != "onnxruntime" and target != "openvino":
             networks = {
-                "teacher": deployable(teacher, example, target),
+                "teacher": deployable(teacher, example, target, teacher_forms),
                 "student": deployable(student, example, target, plan.forms),
             }
         with clock("latency"):
@@ -402,4 +410,4 @@ def _write(
         write_recipe(folder / "recipe.yaml", "compress", recipe)
         write_page(metrics, folder / "report.html")
         if logs is not None:
-            keep_logs(logs, folder)
+            keep_logs(logs, folder, tuning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +27,7 @@ from dk2pnet.calibration.store import MomentStore
 from dk2pnet.data import Normalization
 from dk2pnet.deploy.costs import LatencyTable, fastest_forms
 from dk2pnet.deploy.latency import check_target, compare_latency, conditions, latency_figures
-from dk2pnet.deploy.onnx import Feed, read_metadata
+from dk2pnet.deploy.onnx import Feed
 from dk2pnet.deploy.probe import probe
 from dk2pnet.deploy.rewrite import OnnxConvolution, OnnxNetwork, read_onnx, rewrite
 from dk2pnet.errors import InputError
@@ -39,7 +38,7 @@ from dk2pnet.pipelines.compress import layer_figures
 from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
 from dk2pnet.pipelines.feeds import Feeds, array_feeds, example_feed, image_feeds
 from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
-from dk2pnet.pipelines.inputs import Network, Progress, environment, silent
+from dk2pnet.pipelines.inputs import Network, Progress, environment, left_as_found, saved_normalization, silent
 from dk2pnet.pipelines.speed import Spent, spend_latency
 from dk2pnet.pipelines.tune import tuning_of
 from dk2pnet.pipelines.tune_onnx import Tuned, tune_onnx
@@ -62,6 +61,7 @@ class OnnxResult:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
+@left_as_found()
 def compress_onnx(
     model: str | Path,
     budget: str | Budget = "macs=0.44",
@@ -150,6 +150,9 @@ def compress_onnx(
     total_macs, total_parameters = network.macs(shapes) // samples, network.parameters
     tuning = tuning_of(tune, epochs=0, images=feeds, macs=total_macs)
     judge = None if feeds is None else _Judge(network, feeds, threads)
+    original: dict[str, Any] = {"name": "teacher", "accuracy": None, "agreement": None}
+    if judge is not None:  # labels that do not fit are noticed now, and not after all the work
+        original = judge.stage(network.proto, "teacher", network.proto)
 
     with MomentStore() as store:
         energies = {}
@@ -247,7 +250,7 @@ def compress_onnx(
     with clock("rewrite"):
         result = rewrite(network, layers, forms)
         content, difference = _proven(result, network, layers, single, threads)
-    metrics = _metrics(network, result, plan, judge, layers, decisions, search, stages, tuned)
+    metrics = _metrics(network, result, plan, judge, layers, decisions, search, [original, *stages], tuned)
     metrics["student"]["onnx_difference"] = difference
     metrics["run"] = {
         "command": command or "dk2pnet.pipelines.compress_onnx.compress_onnx(...)",
@@ -321,15 +324,17 @@ def _feeds(
         probe(content, single, model)
         return None, single
     if data.endswith(".npz"):
+        for name, value in (("normalize", normalize), ("input-size", input_size), ("data-dir", data_dir)):
+            if value is not None:
+                raise InputError(f"--{name} is for images; the arrays in {data} are fed as they are: leave it away")
         feeds = array_feeds(data, inputs, count)
     else:
-        saved = read_metadata(model).get("normalization") if normalize is None else None
-        if normalize is None and not saved:
+        norm = Normalization.parse(normalize) if normalize is not None else saved_normalization(model)
+        if norm is None:
             raise InputError(
                 f"{model} does not say how its input is normalised; give it with --normalize (imagenet, ... or "
                 "MEAN,.../STD,... of pixels in [0, 1])"
             )
-        norm = Normalization.parse(normalize) if normalize else _saved(str(saved), model)
         feeds = image_feeds(data, inputs, count, normalization=norm, data_dir=data_dir, input_size=input_size)
     with clock("probe"):
         try:
@@ -341,13 +346,6 @@ def _feeds(
             feeds = feeds.one_by_one
             probe(content, feeds.example, model)
     return feeds, (feeds.one_by_one or feeds).example
-
-
-def _saved(text: str, model: str) -> Normalization:
-    try:
-        return Normalization.from_dict(json.loads(text))
-    except ValueError as error:
-        raise InputError(f"{model} holds a damaged normalisation ({text[:40]!r}); give it with --normalize") from error
 
 
 def _shapes(network: OnnxNetwork, single: Feed, threads: int | None) -> dict[str, tuple[int, ...]]:
@@ -604,18 +602,17 @@ def _metrics(
     before: Sequence[dict[str, Any]],
     tuned: Tuned,
 ) -> dict[str, Any]:
-    """`before`: the stages of a student that was tuned, but for the last one."""
+    """`before`: the stages but for the last one, the teacher's first."""
     name = "closed form" if tuned.layers is None else "tuned"
-    teacher: dict[str, Any] = {"name": "teacher", "accuracy": None, "agreement": None}
-    student = teacher | {"name": name}
+    teacher, *_ = before
+    student = {"name": name, "accuracy": None, "agreement": None}
     if judge is not None:
-        teacher = judge.stage(network.proto, "teacher", network.proto)
         student = judge.stage(result, name, network.proto)
     biases = sum(layer.bias is not None and _conv_of(network, name).bias is None for name, layer in layers.items())
     metrics: dict[str, Any] = {
         "teacher": {**teacher, "parameters": plan.parameters_dense, "macs": plan.macs_dense},
         "student": {**student, "parameters": plan.parameters, "macs": plan.macs},
-        "stages": [teacher, *before, student],
+        "stages": [*before, student],
         "layers": [layer_figures(layer) | {"form": layer.form} for layer in plan.layers],
         "decisions": decisions,
         "latency_search": search,

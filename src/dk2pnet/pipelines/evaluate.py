@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dk2pnet.data import ImageData, Normalization
-from dk2pnet.deploy.onnx import read_metadata, run_onnx, session
+from dk2pnet.data import ImageData, Normalization, has_split, load
+from dk2pnet.data.images import first_line
+from dk2pnet.deploy.onnx import run_onnx, session
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions, accuracy, macs, parameters, predict
-from dk2pnet.pipelines.inputs import Progress, batch_size_for, load_data, open_network, pick_device, silent
+from dk2pnet.pipelines.inputs import (
+    Progress,
+    batch_size_for,
+    load_data,
+    open_network,
+    pick_device,
+    saved_normalization,
+    silent,
+)
 
 __all__ = ["evaluate"]
 
@@ -68,20 +76,31 @@ def _evaluate_onnx(
     progress: Progress,
 ) -> dict[str, Any]:
     runner = session(model, threads)
-    saved = json.loads(read_metadata(model).get("normalization", "null"))
-    shape = runner.get_inputs()[0].shape
-    if input_size is None and isinstance(shape[-1], int):
-        input_size = shape[-1]
-    fixed, channels = (each if isinstance(each, int) else None for each in shape[:2])
-    found = load_data(data, split, "", data_dir=data_dir, input_size=input_size, channels=channels)
-    images = _labelled(found, data, split)
-    if normalize is None and saved is None:
+    norm = Normalization.parse(normalize) if normalize is not None else saved_normalization(model)
+    if norm is None:
         raise InputError(f"{model} does not say how its input is normalised; give it with --normalize")
-    norm = Normalization.parse(normalize) if normalize else Normalization.from_dict(saved)
+    shape = runner.get_inputs()[0].shape
+    if len(runner.get_inputs()) != 1 or len(shape) != 4:
+        raise InputError(f"{model} does not take images as its one input (B, C, H, W); give a network that does")
+    fixed, channels, *sides = (each if isinstance(each, int) else None for each in shape)
+    if input_size is not None:
+        sides = [input_size, input_size]
+    size = (sides[0] or sides[1], sides[1] or sides[0]) if any(sides) else None
+    found = None
+    if has_split(data, split, data_dir):
+        found = load(data, split, data_dir=data_dir, size=size, channels=channels)
+    images = _labelled(found, data, split)
     rows, labels, done = [], [], 0
     for x, y in images.batches(fixed or batch_size or batch_size_for(images.size), norm):
         full = x if fixed is None else torch.cat([x, x.new_zeros(fixed - len(x), *x.shape[1:])])
-        rows.append(torch.from_numpy(run_onnx(runner, full)[0])[: len(x)])
+        try:
+            answers = run_onnx(runner, full)[0]
+        except Exception as error:  # whatever ONNX Runtime says against the inputs
+            raise InputError(
+                f"{model} cannot run images of shape {tuple(x.shape[1:])} ({first_line(error)}); "
+                "give images that fit (--input-size)"
+            ) from error
+        rows.append(torch.from_numpy(answers)[: len(x)])
         labels.append(y)
         done += len(x)
         progress("evaluating in ONNX Runtime", done, len(images))

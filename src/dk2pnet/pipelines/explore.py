@@ -25,7 +25,7 @@ from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, mac
 from dk2pnet.pipelines.clock import Clock
 from dk2pnet.pipelines.decomposition import candidates_of
 from dk2pnet.pipelines.folders import check_out, new_folder, unfinished, write_json, write_recipe
-from dk2pnet.pipelines.inputs import Progress, environment, pick_device, silent
+from dk2pnet.pipelines.inputs import Progress, environment, left_as_found, pick_device, silent
 from dk2pnet.pipelines.prepare import Prepared, check_options, plain_options, prepare
 from dk2pnet.pipelines.search import Probe, Prober
 from dk2pnet.pipelines.speed import choose_forms, deployable
@@ -37,6 +37,7 @@ __all__ = ["compress_command", "default_budgets", "explore", "knee"]
 _LARGEST, _SMALLEST = 0.7, 0.08  # of the multiply-adds, between which the budgets are spread evenly in logarithms
 
 
+@left_as_found()
 def explore(
     model: str | nn.Module,
     data: str | Iterable[Any] | None = None,
@@ -189,6 +190,8 @@ def explore(
                 **environment(chosen),
             },
         }
+        if prober.steps:  # a time was turned into so many
+            recipe["tune"] = prober.steps
         for point in rows:
             point["command"] = compress_command(recipe, point["budget"])
         if out is not None and processes.is_main():
@@ -203,10 +206,10 @@ def default_budgets(least: float, points: int) -> list[Budget]:
     """Shares of the multiply-adds, evenly spread in logarithms from 0.7 down to 0.08 or what can just be reached."""
     low = max(_SMALLEST, least * 1.02)
     if low >= _LARGEST:
-        return [Budget("macs", math.ceil(low * 100) / 100)]
+        return [Budget("macs", min(math.ceil(low * 100) / 100, 1.0))]
     shares = sorted({float(f"{share:.2g}") for share in np.geomspace(low, _LARGEST, points)}, reverse=True)
     if shares[-1] < low:
-        shares[-1] = math.ceil(low * 1000) / 1000
+        shares[-1] = min(math.ceil(low * 1000) / 1000, 1.0)
     return [Budget("macs", share) for share in shares]
 
 
@@ -232,8 +235,9 @@ def knee(points: Sequence[Mapping[str, Any]], teacher: float, sign: int) -> str 
 def compress_command(options: Mapping[str, Any], budget: str) -> str:
     """The command that makes one point's network."""
     words = ["dk2pnet", "compress"]
-    left_out = ("budgets", "points", "precision", "checkpoint_every", "device", "holdout", "holdout_split")
+    left_out = ("budgets", "points", "checkpoint_every", "holdout", "holdout_split")
     usual = {"criterion": "loss", "calibration_images": 2000, "memory": 2.0, "seed": 0, "target": "onnxruntime"}
+    usual |= {"precision": "auto", "device": "auto"}
     for key, value in options.items():
         if key in left_out or value is None or value == usual.get(key) or value is False or value == []:
             continue
@@ -318,10 +322,11 @@ class _Timer:
         """Milliseconds of both, and their ratio."""
         student = student.cpu()
         with self.clock("choosing forms"):
-            forms = forms or choose_forms(student, self.sizes, self.table)
+            sizes = {name: size for name, size in self.sizes.items() if name not in forms}
+            forms = {**forms, **choose_forms(student, sizes, self.table)}
         with self.clock("export"):
             if self.dense is None:
-                self.dense = deployable(self.ready.teacher, self.example, self.target)
+                self.dense = deployable(self.ready.teacher, self.example, self.target, self.ready.network.forms)
             network = deployable(student, self.example, self.target, forms)
         with self.clock("latency"):
             found = compare_latency(

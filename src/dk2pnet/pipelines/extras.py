@@ -15,7 +15,7 @@ from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.deploy.onnx import run_onnx, session
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier
+from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, outputs_of
 from dk2pnet.pipelines.inputs import Progress
 
 __all__ = ["INT8", "PT2", "write_int8", "write_pt2"]
@@ -92,7 +92,7 @@ def write_pt2(model: nn.Module, forms: Mapping[str, str], example: Tensor, path:
         raise InputError(f"the student cannot be exported with torch.export ({reason}); leave --pt2 away") from error
     with torch.no_grad():
         expected = plain(x)
-    pairs = [(found, expected)] if isinstance(expected, Tensor) else list(zip(found, expected, strict=True))
+    pairs = zip(outputs_of(found), outputs_of(expected), strict=True)
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 

@@ -128,11 +128,12 @@ def image_feeds(
             "give --data INPUTS.npz"
         )
     height, width = dims[2:]
-    size = input_size if input_size is not None else height if height is not None else width
-    if {height, width} - {None, size}:
+    side = input_size if input_size is not None else height if height is not None else width
+    size = (height, width) if height is not None and width is not None and input_size is None else side
+    if size is side and {height, width} - {None, side}:
         raise InputError(
-            f"the input {value.name!r} is {_shape_text(value)}, which square images of {size} do not fit; "
-            + ("give another --input-size" if height == width else "give --data INPUTS.npz")
+            f"the input {value.name!r} is {_shape_text(value)}, which square images of {side} do not fit; "
+            "leave --input-size away, or give another"
         )
     training = (
         load(name, "train", data_dir=data_dir, size=size, channels=dims[1])

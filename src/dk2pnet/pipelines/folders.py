@@ -45,7 +45,7 @@ def unfinished(out: str | Path, overwrite: bool, asked: Mapping[str, Any]) -> It
     same command to go on with. `asked` are the options of the run: a folder that a run with others left is refused, or
     emptied with `overwrite`.
     """
-    out = Path(out)
+    out = _named(out)
     folder = out.with_name(f"{out.name}.unfinished")
     if is_main():
         _enter(folder, overwrite, json.loads(json.dumps(asked)))
@@ -67,6 +67,8 @@ def _worth_keeping(folder: Path) -> bool:
 
 def _enter(folder: Path, overwrite: bool, asked: dict[str, Any]) -> None:
     path = folder / "asked.json"
+    if folder.exists() and not path.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}, which a run needs for its checkpoints, is not dk2pnet's; give another --out")
     found = json.loads(path.read_text(encoding="utf-8")) if _worth_keeping(folder) else asked
     for key in {**asked, **found}:
         if asked.get(key) != found.get(key) and not overwrite:
@@ -83,20 +85,26 @@ def _enter(folder: Path, overwrite: bool, asked: dict[str, Any]) -> None:
         raise InputError(_disk_message(folder, error)) from error
 
 
-def keep_logs(unfinished: Path, folder: Path) -> None:
-    """Copy the logs of an unfinished run into the new OUT folder."""
-    if (unfinished / "log.jsonl").exists():
-        shutil.copy2(unfinished / "log.jsonl", folder)
-    if (unfinished / "tuning" / "log.jsonl").exists():
-        shutil.copy2(unfinished / "tuning" / "log.jsonl", folder / "tuning.jsonl")
-    if (unfinished / "tensorboard").exists():
-        shutil.copytree(unfinished / "tensorboard", folder / "tensorboard")
+def _named(out: str | Path) -> Path:
+    """A path that has a name, as that of the current folder (``.``) has not."""
+    out = Path(out)
+    return out if out.name else out.absolute()
+
+
+def keep_logs(unfinished: Path, folder: Path, tuning: Path | None = None) -> None:
+    """Copy the logs of an unfinished run into the new OUT folder; those of its tuning lie in `tuning`."""
+    places = [(unfinished, "log.jsonl", "")] + ([(tuning, "tuning.jsonl", "tuning")] if tuning is not None else [])
+    for place, name, below in places:
+        if (place / "log.jsonl").exists():
+            shutil.copy2(place / "log.jsonl", folder / name)
+        if (place / "tensorboard").exists():
+            shutil.copytree(place / "tensorboard", folder / "tensorboard" / below, dirs_exist_ok=True)
 
 
 @contextmanager
 def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends without an error."""
-    out = Path(out)
+    out = _named(out)
     check_out(out, overwrite)
     temporary: Path | None = None
     try:

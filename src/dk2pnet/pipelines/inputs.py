@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization, UserBatches, has_split, load
+from dk2pnet.deploy.onnx import read_metadata
 from dk2pnet.errors import InputError
 from dk2pnet.models import check_finite, default_input_size, default_normalization, load_weights, make_network
 from dk2pnet.plan import Plan
 from dk2pnet.processes import join, processor
 from dk2pnet.student import is_saved, load_student
+from dk2pnet.training.checkpoint import random_state, set_random_state
 
 __all__ = [
     "Network",
@@ -26,15 +30,28 @@ __all__ = [
     "batch_size_for",
     "check_augment",
     "environment",
+    "left_as_found",
     "load_data",
     "open_network",
     "pick_device",
+    "saved_normalization",
     "silent",
 ]
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much (0: unknown)
 
 _DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}
+
+
+@contextmanager
+def left_as_found() -> Iterator[None]:
+    """The states of the global random generators and PyTorch's number of threads are put back after the block."""
+    threads, state = torch.get_num_threads(), random_state()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        set_random_state(state)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -49,6 +66,11 @@ class Network:
     spec: dict[str, Any] | None
     normalization: Normalization | None
     plan: Plan | None = None
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """The emitted forms of its own DK layers, where it was compressed before."""
+        return self.plan.forms if self.plan is not None else {}
 
 
 def open_network(
@@ -95,17 +117,27 @@ def load_data(
     channels: int | None = None,
 ) -> ImageData | None:
     """A split of a data set, sized for the network; None where there is no such split."""
-    size = input_size
+    size: int | tuple[int, int] | None = input_size
     if isinstance(model, str) and is_saved(model):
         shape = Plan.load(Path(model) / "plan.json").input_shape
         if shape:
-            channels, size = shape[0], shape[1] if input_size is None else input_size
+            channels, size = shape[0], (shape[1], shape[2]) if input_size is None else input_size
     elif isinstance(model, str):
         size = default_input_size(model) if input_size is None else input_size
         channels = 3 if model.startswith("torchvision/") else channels
     if not has_split(name, split, data_dir):
         return None
     return load(name, split, data_dir=data_dir, size=size, channels=channels)
+
+
+def saved_normalization(path: str | Path) -> Normalization | None:
+    """What an ONNX file says of how its input is normalised, None where it says nothing."""
+    text = read_metadata(path).get("normalization", "null")
+    try:
+        found = json.loads(text)
+        return None if found is None else Normalization.from_dict(found)
+    except ValueError as error:
+        raise InputError(f"{path} holds a damaged normalisation ({text[:40]!r}); give it with --normalize") from error
 
 
 def batch_size_for(size: Iterable[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def decide(
     images = ready.images
     assert images is not None
     assert images.decide is not None
-    deciding: Batches = images.decide if images.test is not None else _Every(images.decide, False)
+    deciding: Batches = images.decide if _test_confirms(wanted, ready) else _Every(images.decide, False)
     teacher = predict(ready.teacher, deciding, ready.device)
     estimate(wanted.kind, teacher, teacher)  # whether these images and this network can decide, before any work
     found = smallest(wanted, unit, prober, teacher, deciding, progress=progress)
@@ -59,13 +60,15 @@ def confirm(
     images = ready.images
     assert images is not None
     assert images.decide is not None
-    if images.test is not None:
+    if _test_confirms(wanted, ready):
         last = next(reversed(figures.test))
         loss, where = estimate(wanted.kind, figures.test["teacher"], figures.test[last]), "the test images"
     else:
         aside = _Every(images.decide, True)
         answers = [predict(model, aside, ready.device) for model in (ready.teacher, student)]
         loss, where = estimate(wanted.kind, *answers), "images put aside"
+        if images.decide is images.held_out:
+            where += ", which had decided on corrections,"
     said = list(decision["said"])
     if loss.low > wanted.value:
         said.append(
@@ -73,6 +76,14 @@ def confirm(
             "that was allowed"
         )
     return decision | {"confirmed": {"on": where, **loss.to_dict()}, "said": said}
+
+
+def _test_confirms(wanted: Budget, ready: Prepared) -> bool:
+    """Whether there are test images, with labels where these are what is lost."""
+    images = ready.images
+    if images is None or images.test is None:
+        return False
+    return wanted.kind != "drop" or all(y is not None for _, y in islice(images.test, 1))
 
 
 def _text(loss: Estimate) -> str:

@@ -151,6 +151,8 @@ def prepare(
         raise InputError(
             "data are batches, which calibrate too; leave calibration_data away, or name a data set as data"
         )
+    if holdout is not None and holdout_split is not None:
+        raise InputError("holdout and holdout split both say which images decide; give one of them")
     if calibration_data is not None and epochs and data is None:
         raise InputError(
             "training needs the network's own images (--data); --calibration-data only calibrates and tunes"
@@ -165,6 +167,9 @@ def prepare(
         training = training.without_labels()
     network = open_network(model, weights=weights, normalize=normalize, data=training, classes=classes)
     teacher = copy_model(network.model).eval().to(device)
+    for parameter in teacher.parameters():  # of a frozen one the students' layers would not be tuned
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
     images = None
     if named is not None and training is not None:
         test = load_data(named, "test", model, data_dir=data_dir, input_size=input_size)
@@ -244,7 +249,7 @@ def _any_split(name: str, data_dir: str | None, like: ImageData, splits: Sequenc
     """The images of the first of the splits that there is, in the size and colours of those in `like`."""
     for split in splits:
         if has_split(name, split, data_dir):
-            return load(name, split, data_dir=data_dir, size=like.size[0], channels=like.channels)
+            return load(name, split, data_dir=data_dir, size=like.size, channels=like.channels)
     raise InputError(f"data set {name!r} has neither a training nor a test split; give a folder of images")
 
 

@@ -171,7 +171,7 @@ def choose_forms(student: nn.Module, sizes: Mapping[str, tuple[int, int]], table
     """The fastest emitted form of every DK layer; `sizes` gives the height and width of its input by name."""
     modules = dict(student.named_modules(remove_duplicate=False))
     layers = {name: (modules[name], size) for name, size in sizes.items() if isinstance(modules[name], DKConv2d)}
-    return fastest_forms(layers, table)
+    return fastest_forms(layers, table) if layers else {}
 
 
 def deployable(model: nn.Module, example: Tensor, target: str, forms: Mapping[str, str] | None = None) -> Any:

@@ -188,7 +188,7 @@ def _take_input(maps: dict[str, Tensor], key: str):  # noqa: ANN202
 
 def _stage_ends(model: nn.Module, example: Tensor, kinds: type | tuple[type, ...] = nn.Module) -> list[_StageEnd]:
     """The last module of one of the `kinds` at every resolution above 1x1, in order."""
-    last: dict[tuple[int, int], tuple[str, int]] = {}
+    final: dict[str, tuple[tuple[int, int] | None, int]] = {}  # what `capture` sees: a module's last call
     calls = 0
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -199,13 +199,17 @@ def _stage_ends(model: nn.Module, example: Tensor, kinds: type | tuple[type, ...
                 nonlocal calls
                 calls += 1
                 is_map = isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1
-                if is_map and isinstance(module, kinds):
-                    last[(output.shape[2], output.shape[3])] = (name, calls)
+                if isinstance(module, kinds):
+                    final[name] = ((output.shape[2], output.shape[3]) if is_map else None, calls)
 
             stack.callback(module.register_forward_hook(hook).remove)
         with evaluation(model):
             model(example)
-    ends = [_StageEnd(name, size, call / calls) for size, (name, call) in last.items()]
+    last: dict[tuple[int, int], tuple[int, str]] = {}
+    for name, (size, call) in final.items():
+        if size is not None:
+            last[size] = max(last.get(size, (0, "")), (call, name))
+    ends = [_StageEnd(name, size, call / calls) for size, (call, name) in last.items()]
     return sorted(ends, key=lambda end: end.depth)
 
 

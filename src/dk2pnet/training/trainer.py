@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from dk2pnet.data import Batches
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import evaluation, is_classifier, kept_modes, outputs_of, use_form
+from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, outputs_of, use_form
+from dk2pnet.processes import is_alone
 from dk2pnet.training.checkpoint import Checkpoints, digest_of, random_state, set_random_state
 from dk2pnet.training.hints import find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
@@ -96,14 +98,15 @@ class TrainingOptions:
             and self.kp_tau > 0
             and 0 <= self.alpha <= 1
             and self.distill >= 0
+            and (self.warmup is None or self.warmup >= 0)
             and (self.beta is None or self.beta >= 0)
             and 0 <= self.beta_end <= 1
         ):
             raise InputError(
                 f"learning rate {self.learning_rate}, weight decay {self.weight_decay}, alpha {self.alpha}, "
                 f"tau {self.tau}, distill {self.distill}, beta {self.beta}, beta at the end {self.beta_end}, "
-                f"KP tau {self.kp_tau}; expected rates and temperatures above 0, alpha and beta at the end between 0 "
-                "and 1, weight decay, distill and beta 0 or more"
+                f"KP tau {self.kp_tau}, warm-up {self.warmup}; expected rates and temperatures above 0, alpha and beta "
+                "at the end between 0 and 1, weight decay, distill, beta and warm-up 0 or more"
             )
         for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("batch_norm", BATCH_NORMS)):
             if getattr(self, name) not in known:
@@ -174,13 +177,16 @@ def train(
     set_seed(options.seed)
     name, method = _method(options, teacher)
     # Precision by autocast rather than by the accelerator, which fixes it once for the whole process.
-    accelerator = Accelerator(cpu=torch.device(device).type == "cpu", device_placement=False)
+    # Alone it is not told to stay on the CPU either: it refuses that where the process has used a GPU before.
+    cpu = torch.device(device).type == "cpu" and not is_alone()
+    accelerator = Accelerator(cpu=cpu, device_placement=False)
     rank, world = accelerator.process_index, accelerator.num_processes
     # Alone, the device that was asked for: the accelerator would take the first GPU for any of them.
     device = accelerator.device if world > 1 else torch.device(device)
     precision = choose_precision(device) if options.precision == "auto" else options.precision
     total = options.epochs * steps_per_epoch if options.steps is None else options.steps
     stages = _stages(method, total, steps_per_epoch)
+    warmup = steps_per_epoch if options.warmup is None else options.warmup
     model.to(device)
     example = example.to(device)
     checkpoints = None
@@ -231,6 +237,11 @@ def train(
         stack.callback(log.close)
         half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
+        @cache
+        def classifies() -> bool:
+            with evaluation(model):
+                return is_classifier(outputs_of(model(example)))
+
         student.train()
         if options.batch_norm == "frozen":
             _freeze_batch_norm(model)
@@ -251,7 +262,7 @@ def train(
                 x, y = x.to(device, memory_format=_LAYOUT), None if y is None else y.to(device)
                 stage = next(each for each in stages if step < each.stop)
                 with half:
-                    terms, loss = _loss(forward, teaching, x, y, stage, method, options, step / total)
+                    terms, loss = _loss(forward, teaching, x, y, stage, method, options, step / total, classifies)
                 names = ["loss", *terms]
                 values = dict(zip(names, torch.stack([loss, *terms.values()]).detach().tolist(), strict=True))
                 if not math.isfinite(values["loss"]):
@@ -262,7 +273,7 @@ def train(
                 norm = accelerator.clip_grad_norm_(student.parameters(), _CLIP)
                 if not math.isfinite(norm):
                     _stop("gradient", step + 1, total, values, checkpoints, options)
-                rate = options.learning_rate * _rate(step, stage, options.warmup or steps_per_epoch)
+                rate = options.learning_rate * _rate(step, stage, warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
@@ -325,11 +336,11 @@ def _moved(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
 @contextmanager
 def _fast_layout(model: nn.Module) -> Iterator[None]:
     """Weights in the layout that convolutions run faster in, inside the block; then as is usual."""
-    model.to(memory_format=_LAYOUT)
+    in_layout(model, _LAYOUT)
     try:
         yield
     finally:
-        model.to(memory_format=torch.contiguous_format)
+        in_layout(model, torch.contiguous_format)
 
 
 def _train_form(model: nn.Module, device: torch.device, whitenings: Mapping[str, Whitening]) -> None:
@@ -412,6 +423,8 @@ def _rate(step: int, stage: _Stage, warmup: int) -> float:
 def _optimizer(student: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """No decay for biases and norms, and none at all with Adam."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError("all weights of the network are frozen (requires_grad is False), so nothing can be trained")
     if options.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=options.learning_rate)
     groups = [
@@ -449,11 +462,18 @@ def _loss(
     method: Method,
     options: TrainingOptions,
     done: float,
+    classifies: Callable[[], bool],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms of the loss, without their weights, and their weighted sum; `done` of the run, 0 to 1."""
+    """The terms of the loss, without their weights, and their weighted sum; `done` of the run, 0 to 1.
+
+    `classifies`: whether the student is a classifier in evaluation mode, so that further outputs are auxiliary heads.
+    """
     if y is None and teaching is None:
         raise InputError("the images have no labels, which training without a teacher needs; give labelled images")
     outputs, maps = forward(x)
+    unused = []  # several processes expect a gradient for every parameter, if only zero
+    if len(outputs) > 1 and classifies():
+        outputs, unused = outputs[:1], outputs[1:]
     with torch.no_grad():
         wanted, hints = teaching(x) if teaching is not None else ([], [])
     terms: dict[str, Tensor] = {}
@@ -464,16 +484,27 @@ def _loss(
         weights["hints"] = method.beta if options.beta is None else options.beta
         weights["hints"] *= 1 - (1 - options.beta_end) * done
     if stage.hints_only:
-        # Several processes expect a gradient for every parameter, if only zero.
-        nothing = torch.stack([output.float().sum() for output in outputs]).sum() * 0.0
-        return terms, weights["hints"] * terms["hints"] + nothing
+        return terms, weights["hints"] * terms["hints"] + _nothing(outputs + unused)
     if y is not None:
         terms["labels"], weights["labels"] = _labels_loss(outputs, y), 1.0
     if teaching is not None:
-        terms["kd"], weights["kd"] = _output_loss(outputs, wanted, options.tau), options.distill
         if y is not None:
             weights |= {"labels": 1 - options.alpha, "kd": options.alpha}
-    return terms, torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        else:
+            weights["kd"] = options.distill
+        if weights["kd"] or is_classifier(wanted) or len(outputs) == len(wanted):
+            terms["kd"] = _output_loss(outputs, wanted, options.tau)
+        else:
+            unused = unused + outputs
+    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+    if "hints" not in terms:
+        unused = unused + maps
+    return terms, loss + _nothing(unused) if unused else loss
+
+
+def _nothing(tensors: list[Tensor]) -> Tensor:
+    """Zero that hangs on all of these."""
+    return torch.stack([tensor.float().sum() for tensor in tensors]).sum() * 0.0
 
 
 def _labels_loss(outputs: list[Tensor], y: Tensor) -> Tensor:
@@ -488,6 +519,11 @@ def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Ten
     """Softened logits for a classifier, else the squared error relative to the teacher's energy."""
     if is_classifier(wanted):
         return distillation(outputs[0], wanted[0], tau)
+    if len(outputs) != len(wanted):
+        raise InputError(
+            f"the network gives {len(outputs)} outputs while it trains and the teacher {len(wanted)}, which therefore "
+            "cannot teach them; use hints alone (no labels, tuning), or --tune 0"
+        )
     error = torch.stack([(a.float() - b.float()).square().sum() for a, b in zip(outputs, wanted, strict=True)]).sum()
     return error / torch.stack([b.float().square().sum() for b in wanted]).sum().clamp_min(1e-12)
 
