@@ -213,6 +213,49 @@ def test_an_onnx_file_of_a_fixed_batch_is_evaluated_on_all_images(place, half):
     works(here, "evaluate", "--model", "half/model.onnx", "--data", "colours", cwd=place)
 
 
+def test_images_that_are_not_square_stay_so(place):
+    """In an OUT folder's own size, in the .onnx file's, and of others' images beside them."""
+    for split, count in (("train", 120), ("test", 40)):
+        data = load("digits", split)
+        for number in range(count):
+            folder = place / f"wide/{split}/{int(data.labels[number])}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.pad(data.images[number, 0].numpy(), ((0, 0), (0, 4)))
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    options = ["--data", "./wide", "--calibration-data", "./pictures-of-others"]
+    write_digits(place / "pictures-of-others", 40)
+    network = ["--model", "lenet", "--weights", "teacher/model.safetensors", "--normalize", "0.3/0.3", "--tune", 0]
+    works(here, "compress", *network, *options, "--out", "oblong", cwd=place)
+    plan = json.loads((place / "oblong/plan.json").read_text())
+    assert plan["input_shape"] == [1, 8, 12]
+    wanted = figures(place / "oblong")["student"]["accuracy"]
+    for model in ("oblong", "oblong/model.onnx"):
+        found = works(here, "evaluate", "--model", model, "--data", "./wide", cwd=place)
+        assert accuracy_in(found) == pytest.approx(wanted)
+        assert "40 images" in found.out
+
+
+def test_what_a_foreign_onnx_file_says_of_its_normalisation(place, half):
+    """Nothing readable, or nothing at all; and images that do not fit are no traceback."""
+    graph = onnx.load(place / "half/model.onnx")
+    for text, words in (("imagenet", "damaged normalisation"), ("null", "does not say how")):
+        for entry in graph.metadata_props:
+            entry.value = text if entry.key == "normalization" else entry.value
+        onnx.save(graph, place / "foreign.onnx")
+        evaluate = ["evaluate", "--model", "foreign.onnx", "--data", "digits"]
+        assert words in error_of(here(*evaluate, cwd=place))
+        works(here, *evaluate, "--normalize", "0.3/0.3", cwd=place)
+        compress = ["compress", "--model", "foreign.onnx", "--data", "digits", "--first", "--out", "never"]
+        assert words in error_of(here(*compress, cwd=place))
+    answer = here(*evaluate, "--normalize", "0.3/0.3", "--input-size", 2, cwd=place)
+    assert "cannot run images of shape (1, 2, 2)" in error_of(answer)
+
+
+def test_brackets_in_a_name_are_no_markup(place):
+    answer = works(here, *HALF, "--criterion", "weight", "--out", "exp[lr=0.1]", cwd=place)
+    assert "Written to exp[lr=0.1]:" in answer.out
+
+
 def test_overwrite_replaces_an_earlier_run(place):
     works(here, *HALF, "--criterion", "weight", "--out", "replaced", cwd=place)
     works(here, *HALF[:-1], "kernels=1", "--criterion", "weight", "--out", "replaced", "--overwrite", cwd=place)

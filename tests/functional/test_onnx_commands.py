@@ -116,6 +116,14 @@ def test_refusals_leave_nothing_behind(tmp_path):
         "criterion 'response' needs inputs": ["--model", "model.onnx"],
         "--epochs does not go with an .onnx model": ["--model", "model.onnx", *data, "--epochs", 2],
         "--weights does not go with an .onnx model": ["--model", "model.onnx", *data, "--weights", "w.pt"],
+        "--device does not go with an .onnx model": ["--model", "model.onnx", *data, "--device", "cuda"],
+        "--normalize is for images; the arrays in inputs.npz are fed as they are": [
+            "--model",
+            "model.onnx",
+            *data,
+            "--normalize",
+            "imagenet",
+        ],
         "--int8 does not go with an .onnx model": ["--model", "model.onnx", *data, "--int8"],
         "target is 'pytorch'; expected onnxruntime or openvino": [
             "--model",

@@ -454,6 +454,73 @@ def test_what_was_compressed_is_compressed_further_and_can_be_loaded(tmp_path, n
     assert plan.parameters == parameters(student)
 
 
+def test_layers_of_dominant_kernels_already_keep_their_form_and_new_ones_get_theirs(tmp_path, no_timing, monkeypatch):
+    exported = []
+    usual = pipeline.export_onnx
+
+    def watched(model, example, path, **more):
+        exported.append(more["forms"])
+        usual(model, example, path, **more)
+
+    monkeypatch.setattr(pipeline, "export_onnx", watched)
+    torch.manual_seed(0)
+    torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
+    options = {"example_input": ONE, "first": True}
+    weights = str(tmp_path / "lenet.pth")
+    compress("lenet", "kernels=2", "weight", keep=["features.3"], weights=weights, out=tmp_path / "one", **options)
+    one = load_student(tmp_path / "one")[1]
+    assert one.forms.keys() == dk_layers(load_student(tmp_path / "one")[0]).keys()
+    for budget in ("kernels=1", "latency=1"):
+        twice = compress(str(tmp_path / "one"), budget, "weight", out=tmp_path / budget, **options)
+        assert twice.plan.forms.keys() == dk_layers(twice.model).keys()
+        assert twice.plan.forms.items() >= one.forms.items()
+    assert exported == [{}, one.forms, one.forms]  # of the teachers
+
+
+@pytest.mark.parametrize("frozen", ["all of it", "all but the head"])
+def test_a_frozen_network_is_tuned_all_the_same(frozen):
+    model = net()
+    model.requires_grad_(False)
+    if frozen == "all but the head":
+        model[-1].requires_grad_(True)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    found = compress(model, "kernels=1", "weight", X, tune=20)
+    assert [stage["name"] for stage in found.metrics["stages"]] == ["teacher", "closed form", "tuned"]
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    usual = compress(net(), "kernels=1", "weight", X, tune=20)
+    for name, layer in dk_layers(found.model).items():
+        assert torch.equal(layer.kernels, dk_layers(usual.model)[name].kernels)
+
+
+def test_random_numbers_and_threads_are_left_as_they_were():
+    model = net()
+    torch.manual_seed(77)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    compress(model, "kernels=1", "weight", X, tune=2, threads=1 if threads > 1 else 2)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_holdouts_are_refused():
+    with pytest.raises(InputError, match="holdout and holdout split both say"):
+        compress(net(), "disagree=5", "response", X, holdout=X, holdout_split="test[:50%]")
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_checkpoints(tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"out\.unfinished, which a run needs for its checkpoints, is not dk2pnet's"):
+        compress(net(), "kernels=1", "weight", X, tune=2, out=tmp_path / "out")
+    assert (tmp_path / "out.unfinished/notes.txt").read_text() == "mine"
+
+
+def test_the_log_of_the_tuning_is_kept_with_every_kind_of_budget(tmp_path, no_timing):
+    for budget in ("kernels=1", "disagree=60"):
+        compress(net(), budget, "weight", X, tune=2, out=tmp_path / budget)
+        assert (tmp_path / budget / "tuning.jsonl").read_text().count("step")
+        assert any((tmp_path / budget / "tensorboard/tuning").iterdir())
+
+
 def test_training_options_without_training_are_refused():
     for given, words in (
         ({"method": "kd"}, "method is"),

@@ -114,6 +114,7 @@ def test_without_labels_the_held_out_images_decide_and_a_fifth_confirms(budget):
     assert decided["images"] == 25  # of 32 held-out ones
     assert decided["confirmed"]["images"] == 7
     assert decided["confirmed"]["on"] == "images put aside"
+    assert "had decided on corrections" in result.metrics["notes"][-1]
 
 
 def test_a_target_given_means_the_fastest(monkeypatch):
@@ -189,6 +190,7 @@ def test_budgets_are_spread_down_to_what_can_be_reached():
     assert bounded[0] == 0.7
     assert 0.31 < bounded[-1] < 0.33
     assert [budget.value for budget in default_budgets(0.9, 5)] == [0.92]
+    assert [budget.value for budget in default_budgets(0.99, 5)] == [1.0]
 
 
 def test_the_command_of_a_point_makes_its_network():
@@ -198,6 +200,11 @@ def test_the_command_of_a_point_makes_its_network():
         "dk2pnet compress --model resnet32 --data 'my images' --keep a --keep 'b.*' --first --seed 3 --budget macs=0.3 "
         "--out out-macs=0.3"
     )
+    options = {"model": "resnet32", "precision": "fp32", "device": "cpu", "tune": 40}
+    assert compress_command(options, "macs=0.3") == (
+        "dk2pnet compress --model resnet32 --precision fp32 --device cpu --tune 40 --budget macs=0.3 --out out-macs=0.3"
+    )
+    assert "auto" not in compress_command(options | {"precision": "auto", "device": "auto"}, "macs=0.3")
 
 
 def test_explore_shows_what_compress_gives(monkeypatch):

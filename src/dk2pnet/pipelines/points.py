@@ -67,9 +67,12 @@ def confirm(
         aside = _Every(images.decide, True)
         answers = [predict(model, aside, ready.device) for model in (ready.teacher, student)]
         loss, where = estimate(wanted.kind, *answers), "images put aside"
-        if images.decide is images.held_out:
-            where += ", which had decided on corrections,"
     said = list(decision["said"])
+    if where == "images put aside" and images.decide is images.held_out:
+        said.append(
+            "the images put aside had decided on corrections of every network of the search: the confirmed loss may be "
+            "a little low; give holdout=BATCHES"
+        )
     if loss.low > wanted.value:
         said.append(
             f"on {where} ({loss.images}) the loss is {_text(loss)}, more than the {wanted.value:g} {decision['unit']} "
