@@ -521,6 +521,25 @@ def test_the_log_of_the_tuning_is_kept_with_every_kind_of_budget(tmp_path, no_ti
         assert any((tmp_path / budget / "tensorboard/tuning").iterdir())
 
 
+class Maps(nn.Module):
+    """Two outputs in a dictionary, as of torchvision's segmentation networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out, self.aux = net()[:9], nn.Conv2d(10, 2, 1), nn.Conv2d(10, 2, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        return {"out": self.out(x), "aux": self.aux(x)}
+
+
+def test_a_program_of_several_outputs(tmp_path, no_timing):
+    found = compress(Maps().eval(), "kernels=2", "weight", example_input=ONE, pt2=True, out=tmp_path / "out")
+    assert found.metrics["student"]["pt2_difference"] < 1e-5
+    program = torch.export.load(tmp_path / "out/model.pt2").module()
+    assert program(torch.zeros(3, 3, 8, 8))["aux"].shape == (3, 2, 4, 4)
+
+
 def test_training_options_without_training_are_refused():
     for given, words in (
         ({"method": "kd"}, "method is"),

@@ -73,7 +73,9 @@ def test_before_any_run_there_is_a_page_and_no_figure(tmp_path):
     assert "figure.svg" not in (tmp_path / "results.md").read_text()
 
 
-@pytest.mark.parametrize("data", [["mnist"], ["mnist", "cifar10", "mine"]])
+@pytest.mark.parametrize(
+    "data", [["mnist"], ["mnist", "cifar10", "mine"], ["mnist", "cifar10", "mine", "cifar100", "svhn"]]
+)
 def test_figure_has_a_panel_for_each_data_set(data):
     several = []
     for name in data:

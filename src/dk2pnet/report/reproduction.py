@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,8 +134,13 @@ def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for results in several:
         panels.setdefault(results["settings"]["data"], []).append(results)
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axes, (data, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    columns = len(panels) if len(panels) <= 3 else 2  # as wide as a page shows legibly
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in places[len(panels) :]:
+        axes.remove()
+    for axes, (data, found) in zip(places, panels.items(), strict=False):
         others = PUBLISHED.get(data, ())
         for marker, label, is_teacher in (("s", "FitNets (2015)", False), ("D", "their teacher", True)):
             shown = [each for each in others if each.name.endswith("teacher") == is_teacher and "," not in each.name]
@@ -142,16 +148,16 @@ def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
                 x, y = zip(*((each.parameters, each.accuracy) for each in shown), strict=True)
                 axes.plot(x, y, color=_OTHERS, marker=marker, linestyle="" if is_teacher else "-", label=label)
         for results in found:
-            teacher, rows = results["teacher"], {row["method"]: row for row in results["rows"]}
+            teacher, by_method = results["teacher"], {row["method"]: row for row in results["rows"]}
             if teacher and teacher["accuracy"] is not None:
                 axes.plot(teacher["parameters"], teacher["accuracy"], "D", color=_TEACHER, label="our teacher")
-            shown = [name for name in _SHOWN if name in rows]
+            shown = [name for name in _SHOWN if name in by_method]
             for name in shown:
-                where = (results["student"]["parameters"], rows[name]["accuracy"])
+                where = (results["student"]["parameters"], by_method[name]["accuracy"])
                 label = f"DK²PNet, {_NAMES[name]}"
-                axes.errorbar(*where, yerr=rows[name]["spread"], fmt="o", color=_SHOWN[name], label=label)
+                axes.errorbar(*where, yerr=by_method[name]["spread"], fmt="o", color=_SHOWN[name], label=label)
             if len(found) > 1 and shown:
-                beside = (results["student"]["parameters"], max(rows[name]["accuracy"] for name in shown))
+                beside = (results["student"]["parameters"], max(by_method[name]["accuracy"] for name in shown))
                 text = f"{results['settings']['epochs']} epochs"
                 axes.annotate(text, beside, (0, 6), textcoords="offset points", ha="center", fontsize=7)
         axes.set_xscale("log")

@@ -184,11 +184,11 @@ def _with_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of all global generators: PyTorch's (CPU and GPUs), NumPy's and Python's."""
+    """The states of all global generators: PyTorch's (CPU, and GPUs where they are in use), NumPy's and Python's."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
