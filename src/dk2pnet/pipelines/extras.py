@@ -86,7 +86,8 @@ def write_pt2(model: nn.Module, forms: Mapping[str, str], example: Tensor, path:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        found = torch.export.load(path).module()(x)
+        with torch.no_grad():
+            found = torch.export.load(path).module()(x)
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"the student cannot be exported with torch.export ({reason}); leave --pt2 away") from error
