@@ -67,12 +67,10 @@ def test_gdws_weights_are_the_noise_gain_by_hand():
 
 
 def test_tucker_is_exact_at_full_rank(site):
-    pytest.importorskip("tensorly", reason="tensorly is one of the peers: pip install -r requirements-peers.txt")
     assert worst(peer_methods.tucker(site), site) == (pytest.approx(0, abs=1e-5), True)
 
 
 def test_cp_computes_what_its_factors_say(site):
-    pytest.importorskip("tensorly", reason="tensorly is one of the peers: pip install -r requirements-peers.txt")
     peers = peer_methods.cp(site)
     difference, _ = worst(peers, site)
     assert difference < 3 * peers[-1][0].error ** 0.5 + 1e-4

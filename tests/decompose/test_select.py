@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dk2pnet.decompose.select import Candidate, Option, cheapest, choose, select, uniform
@@ -245,22 +245,27 @@ def test_options_keep_the_budget_and_leave_nothing_that_fits(layers, extra):
         assert not any(option.error < here.error and option.cost - here.cost <= left for option in layer)
 
 
+some_steps = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=4)
+
+
 @many
-@given(st.lists(some_options, min_size=1, max_size=3), st.integers(0, 60))
-def test_where_the_queue_ends_on_the_hull_nothing_better_exists(layers, extra):
-    """The greedy walk is optimal for the budget that it spends exactly (the hull's guarantee)."""
-    options = {str(number): layer for number, layer in enumerate(layers)}
-    budget = sum(min(option.cost for option in layer) for layer in layers) + extra
-    taken = choose(options, budget)
-    cost = sum(options[name][index].cost for name, index in taken.items())
-    error = sum(options[name][index].error for name, index in taken.items())
+@given(st.lists(some_steps, min_size=1, max_size=3), st.integers(0, 12))
+def test_on_the_hull_nothing_better_exists(layers, taken):
+    """Layers whose steps (cost, gain) get worse, and a budget that the best steps of all spend exactly."""
+    steps = sorted((gain / cost, cost, gain) for layer in layers for cost, gain in layer)[::-1]
+    assume(len({ratio for ratio, _, _ in steps}) == len(steps))
+    options = {}
+    for number, layer in enumerate(layers):
+        cost, error = 0, sum(gain for _, gain in layer)
+        options[str(number)] = [Option(cost, error)]
+        for more, gain in sorted(layer, key=lambda step: -step[1] / step[0]):
+            cost, error = cost + more, error - gain
+            options[str(number)].append(Option(cost, error))
+    budget = sum(cost for _, cost, _ in steps[:taken])
+    found = sum(options[name][index].error for name, index in choose(options, budget).items())
     best = min(
         sum(option.error for option in combination)
         for combination in itertools.product(*options.values())
         if sum(option.cost for option in combination) <= budget
     )
-    assert error >= best
-    # What greedy leaves on the table is at most one step of one layer.
-    largest = max(max(o.error for o in layer) - min(o.error for o in layer) for layer in layers)
-    assert error - best <= largest
-    assert cost <= budget
+    assert found == best == sum(gain for _, _, gain in steps[taken:])

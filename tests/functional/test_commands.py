@@ -335,7 +335,10 @@ BAD = {
         ["train", "--model", "lenet", "--data", "./bad/broken", "--epochs", "1"],
         ["spoilt.png"],
     ),
-    "training without labels": (["train", "--model", "lenet", "--data", "./bad/unlabelled"], ["unlabelled", "label"]),
+    "training without labels": (
+        ["train", "--model", "lenet", "--data", "./bad/unlabelled"],
+        ["no labelled training split"],
+    ),
     "budget 0": ([*TEACHER, "--budget", "macs=0"], ["macs=0", "0 < F <= 1"]),
     "budget above 1": ([*TEACHER, "--budget", "macs=1.5"], ["macs=1.5", "0 < F <= 1"]),
     "budget of no kind": ([*TEACHER, "--budget", "half"], ["'half'", "macs=F"]),
@@ -386,7 +389,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(spoilt, name):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--model", "teacher", "--data", "./bad/unlabelled", "--split", "train"], ["label"]),
+        (["--model", "teacher", "--data", "./bad/unlabelled", "--split", "train"], ["has no labels"]),
         (["--model", "teacher", "--data", "digits", "--split", "holiday"], ["holiday"]),
         (["--model", "bad/none.onnx", "--data", "digits"], ["none.onnx"]),
         (["--model", "bad/garbage.onnx", "--data", "digits"], ["garbage.onnx"]),

@@ -1,7 +1,6 @@
 """The paper's experiment as a user repeats it: quick, killed and repeated, added to, refused."""
 
 import json
-import time
 
 import datasets
 import numpy as np
@@ -53,11 +52,9 @@ def test_the_recipe_of_a_run_repeats_it(place):
 
 def test_done_runs_are_not_made_again(place):
     before = snapshot(place / "quick/kd-0")
-    began = time.perf_counter()
     answer = works(here, *QUICK, "--out", "quick", cwd=place)
     assert "training" not in answer.err
     assert snapshot(place / "quick/kd-0") == before
-    assert time.perf_counter() - began < 30
 
 
 def test_killed_and_repeated_it_ends_as_if_nothing_had_happened(place):

@@ -41,7 +41,8 @@ def checkpoints(out):
 
 def kill_when(process, ready):
     """SIGKILL as soon as `ready`; whether it came before the end."""
-    while process.poll() is None and not ready():
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not ready() and time.monotonic() < deadline:
         time.sleep(0.01)
     running = process.poll() is None
     process.send_signal(signal.SIGKILL)
@@ -117,10 +118,14 @@ def test_ctrl_c_says_that_the_run_can_go_on(place):
     process = subprocess.Popen(
         [sys.executable, "-m", "dk2pnet", *map(str, command)], cwd=place, stderr=subprocess.PIPE, text=True
     )
-    while process.poll() is None and not checkpoints(place / "stopped"):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    deadline = time.monotonic() + 120
+    try:
+        while process.poll() is None and not checkpoints(place / "stopped") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "what had begun goes on when the command is repeated" in " ".join(said.split())
     assert checkpoints(place / "stopped")

@@ -349,6 +349,15 @@ def test_a_larger_budget_brings_the_student_closer():
     assert distances[2] < 0.5 * distances[0]
 
 
+@pytest.mark.parametrize("criterion", ["loss", "response"])
+def test_little_memory_changes_nothing(criterion):
+    """Moments of one layer at a time, those of the others on disk."""
+    found = [compress(net(), "macs=0.6", criterion, X, memory=m, rebuild=False, tune=0) for m in (2.0, 1e-7)]
+    assert [layer.counts for layer in found[0].plan.layers] == [layer.counts for layer in found[1].plan.layers]
+    for a, b in zip(found[0].model.parameters(), found[1].model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_decisions_are_recorded():
     for norm, what in ((True, "batch-norm re-estimation"), (False, "bias correction")):
         result = compress(net(norm=norm), "macs=0.6", "loss", X)
@@ -426,7 +435,7 @@ def test_a_network_given_as_an_object_is_loaded_with_its_factory(tmp_path, no_ti
         load_student(tmp_path / "out")
 
 
-def test_a_named_network_is_loaded_by_name_and_compressed_again(tmp_path, no_timing):
+def test_a_named_network_is_loaded_by_name(tmp_path, no_timing):
     torch.manual_seed(0)
     torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
     weights = str(tmp_path / "lenet.pth")

@@ -117,7 +117,7 @@ def test_without_labels_the_held_out_images_decide_and_a_fifth_confirms(budget):
     assert "had decided on corrections" in result.metrics["notes"][-1]
 
 
-def test_a_target_given_means_the_fastest(monkeypatch):
+def test_a_target_given_asks_for_the_fastest(monkeypatch):
     from dk2pnet.pipelines import points
 
     units = []

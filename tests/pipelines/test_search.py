@@ -31,7 +31,7 @@ class Known:
 
 @pytest.fixture
 def find(monkeypatch):
-    def run(wanted, known, labels=True, n=N):
+    def run(wanted, known, labels=True, n=N, unit="macs"):
         right = torch.tensor([[1.0, 0.0]]).expand(n, 2)
         y = torch.zeros(n, dtype=torch.int64) if labels else None
 
@@ -40,7 +40,7 @@ def find(monkeypatch):
             return Predictions([torch.where(wrong.unsqueeze(1), right.flip(1), right)], y)
 
         monkeypatch.setattr(search, "predict", predict)
-        return smallest(Budget.parse(wanted), "macs", known, Predictions([right], y), ())
+        return smallest(Budget.parse(wanted), unit, known, Predictions([right], y), ())
 
     return run
 
@@ -55,10 +55,11 @@ CURVES = {
 
 @pytest.mark.parametrize("wanted", [0.5, 1.0, 2.0, 5.0])
 @pytest.mark.parametrize("curve", CURVES)
-@pytest.mark.parametrize("kind", ["drop", "disagree"])
-def test_the_smallest_within_is_found_in_eight_probes(find, curve, wanted, kind):
+@pytest.mark.parametrize(("kind", "unit"), [("drop", "macs"), ("disagree", "latency")])
+def test_the_smallest_within_is_found_in_eight_probes(find, curve, wanted, kind, unit):
     known = Known(CURVES[curve])
-    found = find(f"{kind}={wanted}", known, labels=kind == "drop")
+    found = find(f"{kind}={wanted}", known, labels=kind == "drop", unit=unit)
+    assert found.probe.budget.kind == unit
     grid = [number / 1000 for number in range(1, 1001)]
     best = min(x for x in grid if CURVES[curve](x) <= wanted)
     assert isinstance(found, Found)
