@@ -239,6 +239,38 @@ def test_explore_shows_what_compress_gives(monkeypatch):
         assert [layer["counts"] for layer in point["layers"]] == [layer.counts for layer in same.plan.layers]
 
 
+def test_explore_chooses_its_budgets_and_goes_on_with_them(tmp_path, monkeypatch):
+    from dk2pnet.deploy import costs
+    from dk2pnet.deploy.latency import Latency
+    from dk2pnet.pipelines import explore as pipeline
+
+    def still(networks, *_, **__):
+        return {name: Latency(1.0, 0.9, 1.1, 3) for name in networks}
+
+    monkeypatch.setattr(pipeline, "compare_latency", still)
+    monkeypatch.setattr(costs, "compare_latency", still)
+    whole = explore(net(), X, "response", points=3, tune=0)
+    assert whole["measure"] == "agreement with the teacher"
+    shares = [float(point["budget"].partition("=")[2]) for point in whole["points"]]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 0.7
+    assert len(shares) == 3
+    begun = []
+
+    def killed(what, done, total):
+        begun.append(what)
+        if what == f"exploring macs={shares[1]:g}":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        explore(net(), X, "response", points=3, tune=0, out=tmp_path / "out", progress=killed)
+    assert (tmp_path / "out.unfinished/budgets.json").is_file()
+    monkeypatch.setattr(pipeline, "default_budgets", None)  # they are known by now
+    found = explore(net(), X, "response", points=3, tune=0, out=tmp_path / "out")
+    assert [point["closed form"] for point in found["points"]] == [point["closed form"] for point in whole["points"]]
+    assert not (tmp_path / "out.unfinished").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
