@@ -116,7 +116,12 @@ def test_refused_in_one_sentence_and_nothing_is_left(case, place):
 def test_ctrl_c_says_that_the_run_can_go_on(place):
     command = ["train", *NETWORK, "--epochs", 400, "--checkpoint-every", 0, "--out", "stopped"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dk2pnet", *map(str, command)], cwd=place, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "dk2pnet", *map(str, command)],
+        cwd=place,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background of a shell have inherited that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     try:
