@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+# onnx2fx cannot be installed below it; above it is among the extras `dev`, and a test without it fails.
+needs_onnx_tuning = pytest.mark.skipif(sys.version_info < (3, 11), reason="the extra onnx-tuning needs Python 3.11")
 
 
 def weights(*shape, seed=0):

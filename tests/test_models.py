@@ -11,6 +11,7 @@ from collections import OrderedDict
 from urllib.error import URLError
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -131,14 +132,12 @@ def test_published_weights_of_another_network_than_the_name_stands_for(downloads
 
 
 def test_timm():
-    pytest.importorskip("timm")
     model = make_network("timm/resnet18", num_classes=4, in_channels=1).eval()
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 4)
     assert make_network("timm/resnet18.a1_in1k").num_classes == 1000
 
 
 def test_timm_errors(monkeypatch):
-    timm = pytest.importorskip("timm")
     with pytest.raises(InputError, match="no model 'resnet19'; the closest names are .*resnet18"):
         make_network("timm/resnet19")
     with pytest.raises(InputError, match="no weights 'resnet18.nobody'; it knows .*resnet18.a1_in1k"):
@@ -153,7 +152,6 @@ def test_timm_errors(monkeypatch):
 
 
 def test_timm_without_published_weights():
-    timm = pytest.importorskip("timm")
     published = {name.partition(".")[0] for name in timm.list_pretrained("resnet*")}
     name = next(name for name in timm.list_models("resnet*") if name not in published)
     with pytest.raises(InputError, match=f"no published weights for timm/{name}; give a file"):
@@ -518,7 +516,6 @@ def test_defaults():
         224,
     )
     assert (default_normalization("resnet20"), default_input_size("resnet20")) == (None, None)
-    pytest.importorskip("timm")
     assert (default_normalization("timm/resnet18"), default_input_size("timm/resnet18")) == (imagenet, 224)
     half = Normalization((0.5,) * 3, (0.5,) * 3)
     name = "timm/inception_v3.tf_in1k"

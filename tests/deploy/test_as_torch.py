@@ -14,9 +14,9 @@ from dk2pnet.decompose.solve import solve
 from dk2pnet.deploy.as_torch import AsTorch, NotConvertible
 from dk2pnet.deploy.onnx import Feed, run_onnx, session
 from dk2pnet.deploy.rewrite import read_onnx, rewrite
-from graphs import node, save, small, tensor, value, weights
+from graphs import needs_onnx_tuning, node, save, small, tensor, value, weights
 
-pytest.importorskip("onnx2fx", reason="the extra onnx-tuning is not installed (it needs Python 3.11)")
+pytestmark = needs_onnx_tuning
 
 
 def converted(made, tmp_path, outputs=("y",), x=None):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from command_line import accuracy_in, error_of, figures, here, shell, snapshot, works
 
-from graphs import drop_initializer, save, small, value, weights
+from graphs import drop_initializer, needs_onnx_tuning, save, small, value, weights
 
 WRITTEN = {"plan.json", "model.onnx", "metrics.json", "report.html", "recipe.yaml"}
 
@@ -52,8 +52,8 @@ def test_a_network_for_images_from_a_bare_shell(place):
     assert f"{student['relative_error']:.2f} % (root mean square, relative)" in page
 
 
+@needs_onnx_tuning
 def test_tuned_from_the_command_line(place):
-    pytest.importorskip("onnx2fx", reason="the extra onnx-tuning is not installed (it needs Python 3.11)")
     options = ["--model", "teacher/model.onnx", "--data", "digits", "--budget", "kernels=1", "--threads", 1]
     answer = works(here, "compress", *options, "--tune", 40, "--out", "tuned", cwd=place)
     assert "tuning: relative squared error" in answer.out or "tuning: KL(teacher || student)" in answer.out

@@ -14,9 +14,7 @@ from onnx import helper, numpy_helper
 from dk2pnet.errors import InputError
 from dk2pnet.pipelines import compress_onnx as pipeline
 from dk2pnet.pipelines.tune_onnx import rate_for
-from graphs import node, save, small, tensor, weights
-
-needs_extra = pytest.mark.skipif(sys.version_info < (3, 11), reason="the extra onnx-tuning needs Python 3.11")
+from graphs import needs_onnx_tuning, node, save, small, tensor, weights
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +53,7 @@ def compress(made, tmp_path, tune, x=None, **options):
     return pipeline.compress_onnx(path, "kernels=1", data=str(tmp_path / "inputs.npz"), threads=1, tune=tune, **options)
 
 
-@needs_extra
+@needs_onnx_tuning
 def test_tuning_brings_the_outputs_closer_and_changes_dk_layers_only(tmp_path):
     made = deep()
     result = compress(made, tmp_path, 60, out=tmp_path / "out")
@@ -76,14 +74,14 @@ def test_tuning_brings_the_outputs_closer_and_changes_dk_layers_only(tmp_path):
     assert "relative error of the outputs" in (tmp_path / "out" / "report.html").read_text()
 
 
-@needs_extra
+@needs_onnx_tuning
 def test_it_is_automatic_where_it_is_cheap_and_the_same_every_time(tmp_path):
     results = [compress(deep(), tmp_path, None) for _ in range(2)]
     assert [result.metrics["tuning_steps"] for result in results] == [150, 150]
     assert results[0].content == results[1].content
 
 
-@needs_extra
+@needs_onnx_tuning
 def test_a_time_becomes_steps(tmp_path):
     result = compress(deep(), tmp_path, "1s", out=tmp_path / "out")
     steps = result.metrics["tuning_steps"]
@@ -91,7 +89,7 @@ def test_a_time_becomes_steps(tmp_path):
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["tune"] == steps
 
 
-@needs_extra
+@needs_onnx_tuning
 def test_what_does_not_come_closer_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("dk2pnet.pipelines.tune_onnx.rate_for", lambda error: 10.0)
     result = compress(deep(), tmp_path, 5)

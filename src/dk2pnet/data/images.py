@@ -425,12 +425,12 @@ def _fit(image: Image, size: tuple[int, int]) -> Image:
         return image
     from torchvision.transforms.v2 import functional
 
-    if size[0] == size[1]:
-        side = size[0] if size[0] <= _SMALL else round(size[0] * 256 / 224)
-        return functional.center_crop(functional.resize(image, [side], antialias=True), list(size))
-    scale = max(size[0] / image.height, size[1] / image.width) * (1 if max(size) <= _SMALL else 256 / 224)
-    covering = [max(round(image.height * scale), size[0]), max(round(image.width * scale), size[1])]
-    return functional.center_crop(functional.resize(image, covering, antialias=True), list(size))
+    height, width = (side if max(size) <= _SMALL else round(side * 256 / 224) for side in size)
+    if image.height * width <= image.width * height:
+        width = height * image.width // image.height
+    else:
+        height = width * image.height // image.width
+    return functional.center_crop(functional.resize(image, [height, width], antialias=True), list(size))
 
 
 def _is_grey(image: Image) -> bool:

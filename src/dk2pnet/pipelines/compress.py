@@ -306,8 +306,6 @@ def compress(
             metrics[side] = {"onnx_bytes": None, "latency_ms": None} | metrics[side]
             del metrics[side]["name"]
         if out is not None and processes.is_main():
-            made = folder / "probes" / str(probe.budget) if folder is not None and wanted.in_points else folder
-            tuning_folder = made / "tuning" if made is not None else None
             _write(
                 Path(out),
                 overwrite,
@@ -319,7 +317,7 @@ def compress(
                 example,
                 recipe,
                 folder,
-                tuning_folder,
+                probe.folder,
                 threads,
                 target,
                 images if int8 else None,
@@ -357,7 +355,7 @@ def _write(
     example: Tensor,
     recipe: Mapping[str, Any],
     logs: Path | None,
-    tuning: Path | None,
+    made: Path | None,
     threads: int | None,
     target: str,
     int8: Images | None,
@@ -410,4 +408,4 @@ def _write(
         write_recipe(folder / "recipe.yaml", "compress", recipe)
         write_page(metrics, folder / "report.html")
         if logs is not None:
-            keep_logs(logs, folder, tuning)
+            keep_logs(logs, folder, made)

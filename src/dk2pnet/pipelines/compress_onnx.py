@@ -24,7 +24,6 @@ from dk2pnet.calibration.gather_onnx import (
     tensors_of,
 )
 from dk2pnet.calibration.store import MomentStore
-from dk2pnet.data import Normalization
 from dk2pnet.deploy.costs import LatencyTable, fastest_forms
 from dk2pnet.deploy.latency import check_target, compare_latency, conditions, latency_figures
 from dk2pnet.deploy.onnx import Feed
@@ -38,7 +37,7 @@ from dk2pnet.pipelines.compress import layer_figures
 from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
 from dk2pnet.pipelines.feeds import Feeds, array_feeds, example_feed, image_feeds
 from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
-from dk2pnet.pipelines.inputs import Network, Progress, environment, left_as_found, saved_normalization, silent
+from dk2pnet.pipelines.inputs import Network, Progress, environment, left_as_found, onnx_normalization, silent
 from dk2pnet.pipelines.speed import Spent, spend_latency
 from dk2pnet.pipelines.tune import tuning_of
 from dk2pnet.pipelines.tune_onnx import Tuned, tune_onnx
@@ -329,12 +328,7 @@ def _feeds(
                 raise InputError(f"--{name} is for images; the arrays in {data} are fed as they are: leave it away")
         feeds = array_feeds(data, inputs, count)
     else:
-        norm = Normalization.parse(normalize) if normalize is not None else saved_normalization(model)
-        if norm is None:
-            raise InputError(
-                f"{model} does not say how its input is normalised; give it with --normalize (imagenet, ... or "
-                "MEAN,.../STD,... of pixels in [0, 1])"
-            )
+        norm = onnx_normalization(model, normalize)
         feeds = image_feeds(data, inputs, count, normalization=norm, data_dir=data_dir, input_size=input_size)
     with clock("probe"):
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dk2pnet.data import ImageData, Normalization, has_split, load
+from dk2pnet.data import ImageData, has_split, load
 from dk2pnet.data.images import first_line
 from dk2pnet.deploy.onnx import run_onnx, session
 from dk2pnet.errors import InputError
@@ -17,9 +17,9 @@ from dk2pnet.pipelines.inputs import (
     Progress,
     batch_size_for,
     load_data,
+    onnx_normalization,
     open_network,
     pick_device,
-    saved_normalization,
     silent,
 )
 
@@ -76,9 +76,7 @@ def _evaluate_onnx(
     progress: Progress,
 ) -> dict[str, Any]:
     runner = session(model, threads)
-    norm = Normalization.parse(normalize) if normalize is not None else saved_normalization(model)
-    if norm is None:
-        raise InputError(f"{model} does not say how its input is normalised; give it with --normalize")
+    norm = onnx_normalization(model, normalize)
     shape = runner.get_inputs()[0].shape
     if len(runner.get_inputs()) != 1 or len(shape) != 4:
         raise InputError(f"{model} does not take images as its one input (B, C, H, W); give a network that does")

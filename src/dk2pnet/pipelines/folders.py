@@ -91,9 +91,11 @@ def _named(out: str | Path) -> Path:
     return out if out.name else out.absolute()
 
 
-def keep_logs(unfinished: Path, folder: Path, tuning: Path | None = None) -> None:
-    """Copy the logs of an unfinished run into the new OUT folder; those of its tuning lie in `tuning`."""
-    places = [(unfinished, "log.jsonl", "")] + ([(tuning, "tuning.jsonl", "tuning")] if tuning is not None else [])
+def keep_logs(unfinished: Path, folder: Path, made: Path | None = None) -> None:
+    """Copy the logs of an unfinished run into the new OUT folder; those of its tuning lie in ``made/tuning``."""
+    places = [(unfinished, "log.jsonl", "")]
+    if made is not None:
+        places.append((made / "tuning", "tuning.jsonl", "tuning"))
     for place, name, below in places:
         if (place / "log.jsonl").exists():
             shutil.copy2(place / "log.jsonl", folder / name)

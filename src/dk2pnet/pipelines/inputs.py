@@ -34,7 +34,7 @@ __all__ = [
     "load_data",
     "open_network",
     "pick_device",
-    "saved_normalization",
+    "onnx_normalization",
     "silent",
 ]
 
@@ -130,14 +130,20 @@ def load_data(
     return load(name, split, data_dir=data_dir, size=size, channels=channels)
 
 
-def saved_normalization(path: str | Path) -> Normalization | None:
-    """What an ONNX file says of how its input is normalised, None where it says nothing."""
+def onnx_normalization(path: str | Path, given: str | None) -> Normalization:
+    """How images are normalised for an ONNX file: as `given`, else as the file says."""
+    if given is not None:
+        return Normalization.parse(given)
     text = read_metadata(path).get("normalization", "null")
     try:
-        found = json.loads(text)
-        return None if found is None else Normalization.from_dict(found)
+        if (found := json.loads(text)) is not None:
+            return Normalization.from_dict(found)
     except ValueError as error:
         raise InputError(f"{path} holds a damaged normalisation ({text[:40]!r}); give it with --normalize") from error
+    raise InputError(
+        f"{path} does not say how its input is normalised; give it with --normalize (imagenet, ... or MEAN,.../STD,... "
+        "of pixels in [0, 1])"
+    )
 
 
 def batch_size_for(size: Iterable[int]) -> int:

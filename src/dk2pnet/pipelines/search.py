@@ -36,6 +36,7 @@ class Probe:
     budget: Budget
     solved: Solved
     tuned: nn.Module | None
+    folder: Path | None = None  # where what was made is kept, the log of the tuning in ``tuning/``
 
     @property
     def student(self) -> nn.Module:
@@ -100,7 +101,7 @@ class Prober:
             folder.mkdir(parents=True, exist_ok=True)
             solved = solved_once(folder, self.teacher, self.clock, solve)
             set_form(solved.student.to(self.device), "folded")
-        probe = Probe(budget, solved, None)
+        probe = Probe(budget, solved, None, folder)
         if self.tuner is None or not any(layer.counts is not None for layer in solved.plan.layers):
             return probe
         with self.clock("tune"):
