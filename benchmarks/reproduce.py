@@ -22,6 +22,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "svhn_10k": {"epochs": 15, "teacher_epochs": 20},
     "cifar10": {"student": "dk2pnet-20x24", "epochs": 3, "teacher": "resnet32", "normalize": "imagenet"},
     "cifar100": {"epochs": 26, "teacher": "resnet20x2", "teacher_epochs": 16},
+    "cifar100_long": {"data": "cifar100", "epochs": 40, "teacher": "resnet20x2", "teacher_epochs": 16},
     "cifar10_long": {"data": "cifar10", "epochs": 26, "teacher": "resnet44", "normalize": "imagenet"},
 }
 
