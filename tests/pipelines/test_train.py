@@ -37,9 +37,10 @@ def cut(tmp_path):
     return tmp_path / "out"
 
 
-def test_a_run_goes_on_with_other_threads(cut):
+def test_a_run_goes_on_with_other_threads_and_on_another_device(cut):
     steps = []
-    call(cut, {"seed": 0, "threads": 2, "checkpoint_every": 60}, lambda what, done, total: steps.append((what, done)))
+    how = {"threads": 2, "device": "cpu", "checkpoint_every": 60}  # it began with device auto
+    call(cut, {"seed": 0, **how}, lambda what, done, total: steps.append((what, done)))
     trained = [done for what, done in steps if what.startswith("training")]
     assert min(trained) > 2
     assert (cut / "model.safetensors").is_file()
@@ -90,7 +91,7 @@ def test_a_teacher_is_given_images_normalised_as_it_expects(tmp_path, monkeypatc
     """The student was saved with one normalisation, its teacher with another."""
     for name, normalize in (("student", "0.2/0.5"), ("teacher", "0.6/0.25")):
         once = replace(OPTIONS, epochs=1)
-        train_network("lenet", "digits", tmp_path / name, options=once, images=100, normalize=normalize)
+        train_network("lenet", "digits", tmp_path / name, options=once, images=100, normalize=normalize, device="cpu")
     teacher, _ = load_student(tmp_path / "teacher")
     seen = []
 
@@ -103,7 +104,8 @@ def test_a_teacher_is_given_images_normalised_as_it_expects(tmp_path, monkeypatc
     for model in (str(tmp_path / "student"), "lenet"):
         options = replace(OPTIONS, method="kd")
         out = tmp_path / f"out{len(seen)}"
-        train_network(model, "digits", out, options=options, images=100, teacher=str(tmp_path / "teacher"))
+        taught = {"teacher": str(tmp_path / "teacher"), "device": "cpu"}
+        train_network(model, "digits", out, options=options, images=100, **taught)
     norms = [Normalization((0.2,), (0.5,)), Normalization((0.6,), (0.25,))]  # one without weights takes the teacher's
     for (norm, images, found), expected in zip(seen, norms, strict=True):
         assert norm == expected

@@ -57,7 +57,10 @@ __all__ = ["CRITERIA", "Result", "compress", "layer_figures"]
 
 @dataclass
 class Result:
-    """What `compress` returns: the student in evaluation mode, the plan that made it, and every figure."""
+    """What `compress` returns: the student in evaluation mode, the plan that made it, and every figure.
+
+    The student is on the device of the model that was given, and on the CPU where that was a name or a folder.
+    """
 
     model: nn.Module
     plan: Plan
@@ -325,7 +328,8 @@ def compress(
                 clock,
                 progress,
             )
-    return Result(student, plan, metrics)
+    # Whoever gave a model on the CPU goes on there, with a GPU in the machine or without.
+    return Result(student.to(next(network.model.parameters()).device), plan, metrics)
 
 
 def layer_figures(layer: LayerPlan) -> dict[str, Any]:

@@ -110,8 +110,9 @@ def train_network(
         taught_by.model.register_forward_pre_hook(_from_to(norm, taught_by.normalization))
     net = network.model.to(chosen)
     example = norm.apply(training.subset([0]).images).to(chosen)
-    # How it runs is no part of what is asked: a run may go on with more or fewer threads than it began with.
-    asked = {key: value for key, value in (recipe or {}).items() if key not in ("checkpoint_every", "threads")}
+    # How it runs is no part of what is asked: a run may go on with other threads, or without the GPU that it began on.
+    how = ("checkpoint_every", "threads", "device")
+    asked = {key: value for key, value in (recipe or {}).items() if key not in how}
     with unfinished(out, overwrite, {"command": "train", **asked}) as folder:
         last = fit(
             net,
