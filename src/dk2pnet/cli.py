@@ -302,7 +302,7 @@ def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
     taken = set(signature(compress_onnx).parameters)
     for parameter in context.command.params:
         name = parameter.name or ""
-        default = parameter.get_default(context, call=False)
+        default = parameter.default  # of the command: the context's may come from a recipe
         if name not in ("recipe", *taken) and (given[name] or default) and given[name] != default:
             raise InputError(
                 f"{parameter.opts[0]} does not go with an .onnx model, which can only be decomposed, not trained; "

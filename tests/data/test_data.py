@@ -310,11 +310,22 @@ def test_grey_and_colour(tmp_path):
 
 
 def test_a_colour_image_among_grey_ones(tmp_path):
-    save(tmp_path / "0.png", pixels(1, channels=1)[0])
-    save(tmp_path / "1.png", pixels(1)[0])
-    with pytest.raises(InputError, match=r"1\.png is in colour and the first one is grey"):
+    for number in range(40):
+        save(tmp_path / f"{number:02}.png", pixels(1, channels=1)[0])
+    save(tmp_path / "01.png", pixels(1)[0])  # not one of those that are looked at
+    with pytest.raises(InputError, match=r"01\.png is in colour and others are grey"):
         _ = load(tmp_path).images
-    assert load(tmp_path, channels=1).images.shape == (2, 1, 8, 8)
+    assert load(tmp_path, channels=1).images.shape == (40, 1, 8, 8)
+
+
+def test_the_first_image_may_be_grey_among_coloured_ones(tmp_path):
+    grey, colour = pixels(1, channels=1)[0], pixels(1)[0]
+    save(tmp_path / "0.png", grey)
+    for number in range(1, 40):
+        save(tmp_path / f"{number}.png", colour)
+    data = load(tmp_path)
+    assert data.channels == 3
+    assert data.images[0].tolist() == [grey.tolist()] * 3
 
 
 # -- large images ------------------------------------------------------------------------------------------------------
@@ -411,6 +422,33 @@ def test_folder_with_splits(tmp_path, test):
     assert train.images.permute(0, 2, 3, 1).tolist() == images[:3].tolist()
     with pytest.raises(InputError, match=f"no split 'other'; it has ({test}, train|train, {test})"):
         load(tmp_path, "other")
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing")])
+def test_folders_of_splits_under_other_names(tmp_path, names):
+    for number, split in enumerate(names):
+        for label in ("cat", "dog"):
+            save(tmp_path / split / label / "0.png", pixels(1, seed=number)[0])
+    for split in ("train", "test"):
+        assert load(tmp_path, split).classes == ["cat", "dog"]
+        assert len(load(tmp_path, split)) == 2
+
+
+def test_a_split_beside_something_else_is_not_taken_for_a_class(tmp_path):
+    save(tmp_path / "train" / "cat" / "0.png", pixels(1)[0])
+    save(tmp_path / "unlabeled" / "0.png", pixels(1)[0])
+    with pytest.raises(InputError, match="train/, unlabeled/: a split with classes in it, and others"):
+        load(tmp_path)
+    (tmp_path / "unlabeled").rename(tmp_path / "Train")
+    save(tmp_path / "Train" / "cat" / "0.png", pixels(1)[0])
+    with pytest.raises(InputError, match="twice the same split"):
+        load(tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "train"):
+        save(tmp_path / name / "0.png", pixels(1)[0])
+    assert load(tmp_path).classes == ["bus", "train"]
 
 
 def test_folder_with_classes_or_images_only(tmp_path):

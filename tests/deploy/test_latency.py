@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
+
+import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -8,6 +12,17 @@ from dk2pnet.deploy import latency
 from dk2pnet.deploy.latency import _summary, compare_latency, conditions, is_onnx
 from dk2pnet.deploy.onnx import export_onnx, onnx_bytes
 from dk2pnet.errors import InputError
+
+
+def test_another_distribution_may_have_the_runtime(monkeypatch):
+    """Who has onnxruntime-gpu has the module onnxruntime, but no distribution of that name."""
+
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(latency, "version", missing)
+    facts = latency.conditions("onnxruntime", np.zeros((1, 3, 8, 8), np.float32), 1)
+    assert facts["onnxruntime"] == onnxruntime.__version__
 
 
 def test_heavy_network_is_slower(tmp_path):

@@ -301,6 +301,22 @@ def outside(made, location, **facts):
     return made
 
 
+def test_data_beside_the_file_of_more_than_two_gigabytes_is_refused_unread(tmp_path):
+    """As one file cannot hold it, though each tensor is small enough."""
+    made = small()
+    for number, name in enumerate(("w1", "w2")):
+        found = next(each for each in made.graph.initializer if each.name == name)
+        found.ClearField("raw_data")
+        found.data_location = onnx.TensorProto.EXTERNAL
+        size = 1_500_000_000
+        for key, what in (("location", "data"), ("offset", number * size), ("length", size)):
+            found.external_data.add(key=key, value=str(what))
+    with open(tmp_path / "data", "wb") as file:
+        file.truncate(3_000_000_000)  # takes no place on the disk
+    with pytest.raises(InputError, match=r"data beside it have 3,000,\d{3},\d{3} bytes; networks of more than 2 GB"):
+        read_onnx(save(made, tmp_path))
+
+
 def test_external_data_is_read_from_the_files_own_folder_only(tmp_path):
     data = weights(12, 8, 3, 3, seed=3) / 5
     folder = tmp_path / "net"

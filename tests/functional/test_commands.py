@@ -294,6 +294,18 @@ def test_brackets_in_a_name_are_no_markup(place):
     assert "Written to exp[lr=0.1]:" in answer.out
 
 
+def test_a_first_output_that_is_no_tensor_is_refused(place, half):
+    made = onnx.load(half[0] / "model.onnx")
+    name = made.graph.output[0].name
+    made.graph.node.append(onnx.helper.make_node("SequenceConstruct", [name], ["sequence"]))
+    kind = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+    del made.graph.output[:]
+    made.graph.output.append(onnx.helper.make_value_info("sequence", onnx.helper.make_sequence_type_proto(kind)))
+    onnx.save(made, place / "sequence.onnx")
+    answer = here("evaluate", "--model", "sequence.onnx", "--data", "digits", cwd=place)
+    assert "the first output of sequence.onnx is no tensor of numbers" in error_of(answer)
+
+
 def test_overwrite_replaces_an_earlier_run(place):
     works(here, *HALF, "--criterion", "weight", "--out", "replaced", cwd=place)
     works(here, *HALF[:-1], "kernels=1", "--criterion", "weight", "--out", "replaced", "--overwrite", cwd=place)

@@ -79,6 +79,26 @@ def test_its_recipe_repeats_the_run(place):
     assert plans[0] == plans[1]
 
 
+def test_options_that_do_not_go_with_it_are_refused_in_a_recipe_too(place):
+    asked = {"model": "teacher/model.onnx", "data": "digits", "budget": "kernels=1", "int8": True}
+    (place / "asked.yaml").write_text(yaml.safe_dump(asked))
+    answer = here("compress", "--recipe", "asked.yaml", "--out", "refused", cwd=place)
+    assert "--int8 does not go with an .onnx model" in error_of(answer)
+    assert not (place / "refused").exists()
+
+
+def test_how_images_were_normalised_is_in_the_file(place):
+    made = onnx.load(place / "teacher" / "model.onnx")
+    said = next(entry.value for entry in made.metadata_props if entry.key == "normalization")
+    del made.metadata_props[:]
+    onnx.save(made, place / "bare.onnx")
+    mean, std = (",".join(map(str, each)) for each in json.loads(said).values())
+    options = ["--model", "bare.onnx", "--data", "digits", "--normalize", f"{mean}/{std}", "--budget", "kernels=2"]
+    works(here, "compress", *options, "--tune", 0, "--threads", 1, "--out", "said", cwd=place)
+    answer = works(here, "evaluate", "--model", "said/model.onnx", "--data", "digits", cwd=place)
+    assert accuracy_in(answer) == pytest.approx(figures(place / "said")["student"]["accuracy"], abs=0.01)
+
+
 def test_inputs_that_are_no_images_and_a_latency_budget(tmp_path):
     made = small(channels=(2, 16, 24), size=(12, 10))
     made.graph.input.append(value("scale", "n", 24, 1, 1))

@@ -523,6 +523,29 @@ def test_a_folder_of_somebody_else_is_not_taken_for_checkpoints(tmp_path):
     assert (tmp_path / "out.unfinished/notes.txt").read_text() == "mine"
 
 
+def test_who_cannot_have_an_extra_file_goes_on_without_it(tmp_path, monkeypatch):
+    def fails(*given):
+        raise InputError("the student cannot be exported with torch.export; leave --pt2 away")
+
+    def again(*given, **options):
+        raise AssertionError("solved a second time")
+
+    monkeypatch.setattr(pipeline, "write_pt2", fails)
+    with pytest.raises(InputError, match="leave --pt2 away"):
+        compress(net(), "kernels=1", "weight", X, tune=2, pt2=True, out=tmp_path / "out")
+    monkeypatch.setattr("dk2pnet.pipelines.closed_form.ClosedForm.solve", again)
+    compress(net(), "kernels=1", "weight", X, tune=2, out=tmp_path / "out")
+    assert (tmp_path / "out/model.onnx").is_file()
+
+
+@pytest.mark.parametrize(("out", "words"), [("file/below/out", "which is no folder"), ("link", "is a link to what")])
+def test_a_place_that_cannot_be_written_is_noticed_first(tmp_path, out, words):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=words):
+        compress("no network", out=tmp_path / out)  # before the network is looked at
+
+
 def test_the_log_of_the_tuning_is_kept_with_every_kind_of_budget(tmp_path, no_timing):
     for budget in ("kernels=1", "disagree=60"):
         compress(net(), budget, "weight", X, tune=2, out=tmp_path / budget)

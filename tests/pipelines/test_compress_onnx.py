@@ -57,6 +57,42 @@ def test_one_kernel_where_there_is_one_changes_nothing(tmp_path):
     assert student["parameters"] == 216 + 8 + 200 + 16
 
 
+def test_a_graph_that_rounds_to_few_levels(tmp_path):
+    """Rounding errors move some of very many numbers by a whole level."""
+    made = small()
+    del made.graph.output[:], made.graph.node[-1]
+    made.graph.initializer.extend([tensor("scale", np.float32(0.02)), tensor("zero", np.uint8(0))])
+    made.graph.node.extend(
+        [
+            helper.make_node("QuantizeLinear", ["r2", "scale", "zero"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+        ]
+    )
+    made.graph.output.append(value("y", "n", 12, "h", "w"))
+    result = compress(made, tmp_path, {"x": weights(6, 3, 192, 192)}, budget="kernels=2", rebuild=False)
+    assert 1e-3 < result.metrics["student"]["onnx_difference"] < 2e-2
+
+
+def test_a_graph_of_chance_is_refused_at_once(tmp_path):
+    made = small()
+    made.graph.node[-1].output[0] = "mean"
+    made.graph.node.extend(
+        [
+            helper.make_node("RandomNormalLike", ["mean"], ["noise"]),
+            helper.make_node("Add", ["mean", "noise"], ["y"]),
+        ]
+    )
+    with pytest.raises(InputError, match="another output 'y' each time for the same input"):
+        compress(made, tmp_path, {"x": weights(10, 3, 9, 9)})
+
+
+def test_an_input_of_no_declared_shape_is_refused(tmp_path):
+    made = small()
+    made.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(InputError, match="declares no shape for the input 'x'"):
+        compress(made, tmp_path, {"x": weights(10, 3, 9, 9)})
+
+
 def test_a_batch_that_is_fixed(tmp_path):
     made = rank_one(small(channels=(3, 8, 16), size=(6, 6), batch=2))
     result = compress(made, tmp_path, {"x": weights(21, 3, 6, 6)})

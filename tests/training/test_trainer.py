@@ -644,6 +644,16 @@ def test_other_outputs_while_it_trains_do_not_stop_hints():
         run(model, toy(labels=False), replace(TUNE, distill=1.0), teacher=teacher)
 
 
+def test_a_teacher_of_other_classes_teaches_by_hints_alone():
+    torch.manual_seed(0)
+    student, teacher = network(), network()
+    teacher[-1] = nn.Linear(teacher[-1].in_features, 12)
+    options = replace(OPTIONS, method="kp-channel")
+    with pytest.raises(InputError, match=r"teacher gives 12 class scores and the student tensors of shape \(16, 4\)"):
+        run(student, options=options, teacher=teacher)
+    assert run(student, options=replace(options, alpha=0.0), teacher=teacher).keys() == {"loss", "hints", "labels"}
+
+
 def test_in_stage_two_of_fitnets_the_regressors_have_a_gradient():
     """Several processes wait for one of every parameter."""
     torch.manual_seed(0)

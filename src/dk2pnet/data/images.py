@@ -35,6 +35,7 @@ SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image ke
 
 _SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
 
+_SOME = 16  # images that are looked at for colour
 _CHUNK = 512  # rows read from a data set at once
 
 _PRESETS = {
@@ -151,13 +152,18 @@ class Rows:
 
     @classmethod
     def probe(cls, name: str, dataset: Any, column: str, size: tuple[int, int] | None, channels: int | None) -> Rows:
-        """Learn from the first image alone what was not asked for."""
+        """Learn what was not asked for: the size from the first image, colour from some all over the data set."""
         rows = torch.arange(len(dataset))
         images = cls(name, dataset, column, rows, channels or 3, size or (0, 0), size is not None, channels is not None)
         value = dataset[:1][column][0]
         image = _decode(value, images.where(value, 0))
         height, width = size or (image.height, image.width)
-        return replace(images, channels=channels or (1 if _is_grey(image) else 3), size=(height, width))
+        if channels is None and _is_grey(image):  # a photograph in grey may well be the first among coloured ones
+            some = torch.linspace(0, len(dataset) - 1, min(len(dataset), _SOME)).long().tolist()
+            values = dataset[some][column]
+            grey = (_is_grey(_decode(value, images.where(value, row))) for row, value in zip(some, values, strict=True))
+            channels = 1 if all(grey) else 3
+        return replace(images, channels=channels or 3, size=(height, width))
 
     def where(self, value: Any, row: int) -> str:
         """How to name an image to its owner: by its file, or by its row."""
@@ -173,8 +179,8 @@ class Rows:
                 image = _decode(value, self.where(value, row))
                 if self.channels == 1 and not self.convert and not _is_grey(image):
                     raise InputError(
-                        f"{self.where(value, row)} is in colour and the first one is grey; "
-                        "expected all alike: ask for channels=3 or channels=1"
+                        f"{self.where(value, row)} is in colour and others are grey; expected all alike: make them "
+                        "so, or in Python ask for channels=3 or channels=1"
                     )
                 if not self.resize and (image.height, image.width) != self.size:
                     raise InputError(

@@ -29,6 +29,9 @@ _HUB: dict[str, tuple[str | None, str | None]] = {
 
 _TEST = ("test", "validation", "val", "valid")  # the first of these that a data set has is its test split
 
+# What a folder with a split may be called, in small letters or capitals.
+_SPLITS = {name: name for name in ("train", *_TEST)} | {"training": "train", "testing": "test"}
+
 _SHARD = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-(?P<total>\d{5})(-[0-9a-f]+)?\.parquet")
 
 _IMAGE_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -185,8 +188,16 @@ def _open_parquet(folder: Path, split: str, paths: list[Path]) -> Any:
 def _image_splits(folder: Path) -> dict[str, Callable[[], Any]]:
     """Splits of a folder of images: sub-folders if all have names of splits, else one, ``train``."""
     children = _class_folders(folder)
-    if children and all(child.name in ("train", *_TEST) for child in children):
-        places = {child.name: child for child in children}
+    splits = [child for child in children if child.name.lower() in _SPLITS]
+    if children and len(splits) == len(children):
+        places = {_SPLITS[child.name.lower()]: child for child in children}
+        if len(places) < len(children):
+            raise InputError(f"folder {folder} holds {_names(children)}, twice the same split; leave one of them")
+    elif any(_class_folders(child) for child in splits):  # a class, too, may be called train, but holds no classes
+        raise InputError(
+            f"folder {folder} holds {_names(children)}: a split with classes in it, and others; expected only splits "
+            f"({', '.join(_SPLITS)}) or only classes: move the others away"
+        )
     elif next(_image_files(folder), None) is not None:
         places = {"train": folder}
     else:
@@ -196,6 +207,11 @@ def _image_splits(folder: Path) -> dict[str, Callable[[], Any]]:
     # A class without images in one split must not shift the numbers of the others.
     classes = sorted({child.name for place in places.values() for child in _class_folders(place)})
     return {split: partial(_open_images, place, classes) for split, place in places.items()}
+
+
+def _names(folders: list[Path]) -> str:
+    names = [f"{folder.name}/" for folder in folders]
+    return ", ".join(names if len(names) <= 5 else [*names[:5], "..."])
 
 
 def _open_images(folder: Path, classes: list[str]) -> Any:

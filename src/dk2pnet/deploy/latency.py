@@ -14,7 +14,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,15 @@ def conditions(target: str, example: np.ndarray | Tensor | Feed, threads: int | 
     """What a time depends on beside the network, for the record."""
     package = target.removesuffix("-int8") if is_onnx(target) else "torch"
     shape = list(example.shape)
-    facts = {"target": target, package: version(package), "threads": threads, "batch": shape[0], "input": shape[1:]}
+    facts = {"target": target, package: _version_of(package), "threads": threads, "batch": shape[0], "input": shape[1:]}
     return facts | {"processor": processor()}
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # another distribution has the module: onnxruntime-gpu
+        return import_module(package).__version__
 
 
 def latency_figures(found: Mapping[str, Latency]) -> dict[str, dict[str, Any]]:

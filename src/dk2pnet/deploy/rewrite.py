@@ -167,8 +167,19 @@ def read_onnx(path: str | Path, keep: Iterable[str] = (), first: bool = False) -
     """
     path = Path(path)
     proto = _parse(path)
+    places = [(tensor, *_external(tensor, path)) for tensor in _tensors(proto) if _is_external(tensor)]
+    total = path.stat().st_size + sum(length for *_, length in places)
+    if total > _LARGEST:
+        raise InputError(
+            f"{path} and the data beside it have {total:,} bytes; networks of more than 2 GB cannot be rewritten"
+        )
+    for tensor, found, offset, length in places:
+        with open(found, "rb") as file:
+            file.seek(offset)
+            tensor.raw_data = file.read(length)
+        tensor.ClearField("external_data")
+        tensor.data_location = TensorProto.DEFAULT
     for tensor in _tensors(proto):
-        _take_external(tensor, path)
         _check_tensor(tensor, path)
     _check_graph(proto, path)
     constants = _constants(proto)
@@ -244,10 +255,12 @@ def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
                 yield sparse.indices
 
 
-def _take_external(tensor: TensorProto, path: Path) -> None:
-    """Move data that lies in another file into the tensor. Only files in the folder of the ONNX file are read."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return
+def _is_external(tensor: TensorProto) -> bool:
+    return tensor.data_location == TensorProto.EXTERNAL
+
+
+def _external(tensor: TensorProto, path: Path) -> tuple[str, int, int]:
+    """File, offset and length of data outside the ONNX file. Only files in the folder of the ONNX file are read."""
     facts = {entry.key: entry.value for entry in tensor.external_data}
     location = facts.get("location", "")
     what = f"tensor {tensor.name!r} of {path} has its data in {location!r}"
@@ -269,11 +282,7 @@ def _take_external(tensor: TensorProto, path: Path) -> None:
         raise InputError(f"{what}, which cannot be read ({error}); put the data beside the file") from error
     if offset < 0 or length < 0 or offset + length > size or length > _LARGEST:
         raise InputError(f"{what} from byte {offset} on, {length} bytes, but that file has {size}; fetch it again")
-    with open(found, "rb") as file:
-        file.seek(offset)
-        tensor.raw_data = file.read(length)
-    tensor.ClearField("external_data")
-    tensor.data_location = TensorProto.DEFAULT
+    return found, offset, length
 
 
 # Where the numbers of a type stand when they are not raw, and how many of them make one element.

@@ -221,7 +221,9 @@ def compress(
     with ExitStack() as whole:
         folder = None
         if out is not None and (options is not None or ready.tuning.wanted or wanted.in_points):
-            kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"} | ready.digests()
+            # Whoever cannot have an extra file leaves it away, and has not trained in vain.
+            free = ("checkpoint_every", "int8", "pt2")
+            kept = {key: value for key, value in recipe.items() if key not in free} | ready.digests()
             folder = whole.enter_context(unfinished(out, overwrite, {"command": "compress", **kept}))
         prober = whole.enter_context(
             ready.prober(

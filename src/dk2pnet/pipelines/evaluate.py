@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,6 +99,8 @@ def _evaluate_onnx(
                 f"{model} cannot run images of shape {tuple(x.shape[1:])} ({first_line(error)}); "
                 "give images that fit (--input-size)"
             ) from error
+        if not isinstance(answers, np.ndarray) or answers.dtype.kind not in "fiu":
+            raise InputError(f"the first output of {model} is no tensor of numbers; give a network with class scores")
         rows.append(torch.from_numpy(answers)[: len(x)])
         labels.append(y)
         done += len(x)

@@ -219,6 +219,11 @@ class _Labelled:
 
 def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
     """Declared sizes, None where one is left open."""
+    if not value.type.tensor_type.HasField("shape"):
+        raise InputError(
+            f"the graph declares no shape for the input {value.name!r}, which ONNX asks for; write one into the file "
+            "(sizes may be left open)"
+        )
     dims = value.type.tensor_type.shape.dim
     return [dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in dims]
 

@@ -26,7 +26,7 @@ __all__ = ["check_out", "keep_logs", "new_folder", "unfinished", "write_json", "
 
 
 def check_out(out: str | Path | None, overwrite: bool) -> None:
-    """Refuse an OUT that exists, before any work is done."""
+    """Refuse an OUT that exists or that cannot be written, before any work is done."""
     if out is None:
         return
     path = Path(out)
@@ -35,6 +35,12 @@ def check_out(out: str | Path | None, overwrite: bool) -> None:
     ours = any((path / name).is_file() for name in ("plan.json", "metrics.json"))
     if path.exists() and not (path.is_dir() and (ours or not any(path.iterdir()))):
         raise InputError(f"{out} is not a folder that dk2pnet wrote, so it is not replaced; give another --out")
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{out} is a link to what does not exist; give another --out")
+    place = next(each for each in path.absolute().parents if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "which cannot be written to" if place.is_dir() else "which is no folder"
+        raise InputError(f"{out} would lie in {place}, {reason}; give another --out")
 
 
 @contextmanager

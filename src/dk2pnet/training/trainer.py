@@ -492,7 +492,7 @@ def _loss(
             weights |= {"labels": 1 - options.alpha, "kd": options.alpha}
         else:
             weights["kd"] = options.distill
-        if weights["kd"] or is_classifier(wanted) or len(outputs) == len(wanted):
+        if weights["kd"] or _comparable(outputs, wanted):
             terms["kd"] = _output_loss(outputs, wanted, options.tau)
         else:
             unused = unused + outputs
@@ -515,11 +515,23 @@ def _labels_loss(outputs: list[Tensor], y: Tensor) -> Tensor:
     return labels(outputs[0], y)
 
 
+def _comparable(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
+    """Whether the student's outputs can be held against the teacher's: a classifier's first, of others all."""
+    pairs = zip(outputs[:1], wanted[:1], strict=True) if is_classifier(wanted) else zip(outputs, wanted, strict=False)
+    alike = is_classifier(wanted) or len(outputs) == len(wanted)
+    return alike and all(a.shape == b.shape for a, b in pairs)
+
+
 def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Tensor:
     """Softened logits for a classifier, else the squared error relative to the teacher's energy."""
     if is_classifier(wanted):
+        if not _comparable(outputs, wanted):
+            raise InputError(
+                f"the teacher gives {wanted[0].shape[1]} class scores and the student tensors of shape "
+                f"{tuple(outputs[0].shape)}; give a teacher of the same classes, or use its hints alone (--alpha 0)"
+            )
         return distillation(outputs[0], wanted[0], tau)
-    if len(outputs) != len(wanted):
+    if not _comparable(outputs, wanted):
         raise InputError(
             f"the network gives {len(outputs)} outputs while it trains and the teacher {len(wanted)}, which therefore "
             "cannot teach them; use hints alone (no labels, tuning), or --tune 0"
