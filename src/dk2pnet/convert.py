@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -103,7 +104,7 @@ def find_convolutions(
     users: dict[nn.Parameter | None, list[str]] = {}  # a computed weight is no parameter: None
     for site in found.values():
         users.setdefault(site.module._parameters.get("weight"), []).append(site.name)
-    patterns = list(keep)
+    patterns = [keep] if isinstance(keep, str) else list(keep)
     unused = set(patterns)
     for number, module in enumerate(in_order):
         site = found[module]
@@ -118,6 +119,10 @@ def find_convolutions(
         names = ", ".join(found[module].name for module in list(in_order)[:6])
         raise InputError(f"--keep {sorted(unused)[0]} matches no convolution; their names are {names}, ...")
     return [found[module] for module in in_order]
+
+
+# Dictionaries of every module: its parts, parameters, buffers and hooks.
+_OWN = frozenset(vars(nn.Module()))
 
 
 def _reason(site: Convolution, is_first: bool, tied: Sequence[str]) -> str:
@@ -140,11 +145,30 @@ def _reason(site: Convolution, is_first: bool, tied: Sequence[str]) -> str:
 
 
 def replace_modules(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
-    """Put new modules in the place of old ones, in every place where an old one stands."""
+    """Put new modules in the place of old ones, in every place where an old one stands.
+
+    Also in the lists, tuples and dictionaries that a module keeps beside its parts, as many an older network does.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in layers:
                 setattr(parent, name, layers[child])
+        for name, value in list(vars(parent).items()):
+            if name not in _OWN and isinstance(value, list | tuple | dict):
+                setattr(parent, name, _replaced(value, layers))
+
+
+def _replaced(value: Any, layers: Mapping[nn.Module, nn.Module]) -> Any:
+    """A list, a tuple or a dictionary with the new modules; itself where it holds none of the old ones."""
+    if isinstance(value, nn.Module):
+        return layers.get(value, value)
+    if type(value) is dict:
+        found: Any = {key: _replaced(each, layers) for key, each in value.items()}
+        return found if any(found[key] is not value[key] for key in value) else value
+    if type(value) in (list, tuple):
+        found = [_replaced(each, layers) for each in value]
+        return type(value)(found) if any(a is not b for a, b in zip(found, value, strict=True)) else value
+    return value
 
 
 def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None = None) -> nn.Module:

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions, is_classifier
+from dk2pnet.measure import Predictions, class_numbers, is_classifier
 
 __all__ = ["Estimate", "accuracy_drop", "disagreement", "estimate", "output_error"]
 
@@ -69,7 +69,8 @@ def accuracy_drop(teacher: Predictions, student: Predictions) -> Estimate:
             "a budget of accuracy (drop) needs labelled images, and these have none; use disagree=2, or give others "
             "(--holdout)"
         )
-    right = [_answers(predictions) == teacher.labels for predictions in (teacher, student)]
+    labels = class_numbers(teacher.labels)
+    right = [_answers(predictions) == labels for predictions in (teacher, student)]
     n = len(teacher)
     only_teacher, only_student = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     b, c = only_teacher / n, only_student / n

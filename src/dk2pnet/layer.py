@@ -237,6 +237,11 @@ class DKConv2d(nn.Module):
         weight = weight.view(groups, -1, width, kernels.shape[1]).transpose(1, 2)
         return weight.reshape(self.out_channels, -1, *self.kernel_size)
 
+    @property
+    def weight(self) -> Tensor:
+        """The folded weight, for networks that look at their convolutions' or call them by function."""
+        return self.fold()
+
     def to_dense(self) -> nn.Conv2d:
         """The plain `torch.nn.Conv2d` with the folded weight."""
         conv = nn.Conv2d(

@@ -152,8 +152,22 @@ def predict(
                 progress(done)
     if not rows:
         raise InputError("there are no images to evaluate on")
-    outputs = [torch.cat(parts) for parts in zip(*rows, strict=True)]
+    parts = list(zip(*rows, strict=True))
+    if len({tuple(each.shape[1:]) for each in parts[0]}) > 1:
+        raise InputError("the outputs differ in size from batch to batch; give images of one size")
+    outputs = [torch.cat(part) for part in parts]
     return Predictions(outputs, torch.cat(labels) if len(labels) == len(rows) else None)
+
+
+def class_numbers(labels: Tensor) -> Tensor:
+    """Labels as int64 ``(N,)``; of ``(N, 1)`` too. `InputError` for what is not one whole number per image."""
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise InputError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected one whole number per image, its class"
+        )
+    return labels.long()
 
 
 def accuracy(predictions: Predictions) -> float:
@@ -163,13 +177,14 @@ def accuracy(predictions: Predictions) -> float:
     if not is_classifier(predictions.outputs):
         raise InputError("accuracy needs a classifier (one row of class scores per image), which this network is not")
     scores = predictions.outputs[0]
-    highest = int(predictions.labels.max())
+    labels = class_numbers(predictions.labels)
+    highest = int(labels.max())
     if highest >= scores.shape[1]:
         raise InputError(
             f"the data has labels up to {highest}, but the network has {scores.shape[1]} classes; "
             "give the data set that the network was trained for"
         )
-    return 100 * float((scores.argmax(1) == predictions.labels).double().mean())
+    return 100 * float((scores.argmax(1) == labels).double().mean())
 
 
 def agreement(teacher: Predictions, student: Predictions) -> float | None:

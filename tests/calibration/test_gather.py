@@ -470,8 +470,8 @@ class Returns(nn.Module):
         (lambda y: y, "(2, 4, 7, 8)"),
         (lambda y: y.mean((2, 3))[:, :1], "(2, 1)"),
         (lambda y: y.mean((1, 2, 3)), "(2,)"),
-        (lambda y: {"logits": y}, "dict"),
-        (lambda y: (y.mean((2, 3)), y), "tuple"),
+        (lambda y: {"maps": y}, "(2, 4, 7, 8)"),
+        (lambda y: (y.mean((2, 3)), y), "(2, 4) and (2, 4, 7, 8)"),
     ],
 )
 def test_the_loss_criterion_needs_a_classifier(what, said):
@@ -483,6 +483,27 @@ def test_the_loss_criterion_needs_a_classifier(what, said):
     assert not net.conv._forward_pre_hooks
     # and the criterion that the message names works
     assert gathered(net, [(images(2), None)])["conv"].positions > 0
+
+
+def test_class_scores_may_stand_in_a_dictionary():
+    def seeded(what):
+        torch.manual_seed(0)
+        return Returns(what)
+
+    bare, inside = (
+        gathered(seeded(what), [(images(2), None)], gradients=True)["conv"]
+        for what in (lambda y: y.mean((2, 3)), lambda y: {"logits": y.mean((2, 3))})
+    )
+    torch.testing.assert_close(inside.B(), bare.B())
+
+
+def test_half_precision_does_not_leave_its_range():
+    """Sums of squares beyond 65,504."""
+    patches = torch.full((4000, 1, 9), 8.0)
+    sums = [Moments.zeros(1, 9) for _ in range(2)]
+    for each, dtype in zip(sums, (torch.float32, torch.float16), strict=True):
+        each.add_patches(patches.to(dtype))
+    torch.testing.assert_close(sums[1].A(), sums[0].A())
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -301,6 +301,29 @@ def test_where_the_relu_is_silent_any_silent_response_will_do():
     assert errors[0] < 0.95 * errors[1]
 
 
+@pytest.mark.parametrize("memory", [2 * 2**30, LITTLE])
+def test_a_parameter_in_the_sum_is_not_overlooked(memory):
+    """`relu(conv(x) + p)`: with p of (C, 1, 1) as with p of (1, C, 1, 1), where it is silent is not known."""
+
+    class Added(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.added = nn.Conv2d(3, 8, 3, 1, 1), nn.Parameter(torch.full(shape, 2.0))
+
+        def forward(self, x):
+            return torch.relu(self.conv(x) + self.added).flatten(1)
+
+    found = []
+    for shape in ((8, 1, 1), (1, 8, 1, 1)):
+        teacher = Added(*shape).eval()
+        student, sites = copy_model(teacher), find_convolutions(teacher, torch.zeros(1, 3, 8, 8), first=True)
+        counts = {"conv": torch.ones(3, dtype=torch.int64)}
+        reconstruct(teacher, student, sites, counts, images(), images=48, positions=64, memory=memory)
+        found.append(student.conv.weight)
+    torch.testing.assert_close(found[0], found[1])
+
+
 class Halves(nn.Module):
     """Folds the halves of an image into the batch: in one batch of all images they lie in another order."""
 

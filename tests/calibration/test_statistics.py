@@ -97,6 +97,23 @@ def test_batches_of_one_image_do_not_wipe_the_statistics():
     assert not torch.equal(model[1].running_var, torch.ones(5))
 
 
+def test_a_norm_that_the_network_does_not_pass_keeps_its_statistics():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Beside()
+    for norm in (model.used, model.unused):
+        nn.init.constant_(norm.running_mean, 5.0)
+    reestimate_batch_norm(model, [(torch.randn(8, 3, 4, 4), None)])
+    assert float(model.used.running_mean.abs().max()) < 1
+    assert model.unused.running_mean.tolist() == [5.0] * 3
+
+
 def test_has_batch_norm():
     assert has_batch_norm(normed())
     assert not has_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)))

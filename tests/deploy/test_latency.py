@@ -25,6 +25,22 @@ def test_another_distribution_may_have_the_runtime(monkeypatch):
     assert facts["onnxruntime"] == onnxruntime.__version__
 
 
+def test_every_network_is_compiled():
+    """torch.compile would run the ninth of one class as it is."""
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with latency._compiling("pytorch-compile"):
+        for width in range(1, 13):
+            torch.compile(nn.Sequential(nn.Conv2d(3, width, 1)), backend=count, dynamic=False)(torch.randn(1, 3, 4, 4))
+    torch.compiler.reset()
+    assert len(graphs) == 12
+
+
 def test_heavy_network_is_slower(tmp_path):
     example = torch.randn(1, 8, 32, 32)
     light = nn.Conv2d(8, 16, 3, padding=1)

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -508,6 +509,91 @@ def test_random_numbers_and_threads_are_left_as_they_were():
     compress(model, "kernels=1", "weight", X, tune=2, threads=1 if threads > 1 else 2)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_convolutions_in_a_list_of_the_network_are_replaced_there_too(kind):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.steps = kind([self.first, {"second": self.second}["second"]])
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            for step in self.steps:
+                x = torch.relu(step(x))
+            return self.head(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Listed()
+    result = compress(model, "kernels=1", "loss", X, tune=0)
+    assert result.metrics["student"]["macs"] == result.plan.macs < macs(model, ONE)
+    assert isinstance(result.model.steps[1], DKConv2d)
+    assert type(model.steps[1]) is nn.Conv2d
+
+
+def test_a_convolution_that_is_called_past_its_place_is_named():
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+            self.elsewhere = SimpleNamespace(conv=self.body[3])
+
+        def forward(self, x):
+            return self.body[4:](self.elsewhere.conv(self.body[:3](x)))
+
+    with pytest.raises(InputError, match=r"does not call 'body\.3' where it stands.*--keep body\.3"):
+        compress(Past(), "kernels=1", "loss", X, tune=0)
+
+
+def test_a_network_that_looks_at_its_weights():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x):
+            return self.body(x.to(self.body[3].weight.dtype))
+
+    assert compress(Looks(), "kernels=1", "loss", X, tune=0).model(ONE).shape == (1, 4)
+
+
+def test_a_network_of_chance_is_refused_before_the_work():
+    model = nn.Sequential(net(), Dropped())
+    with pytest.raises(InputError, match="other outputs each time for the same image"):
+        compress(model, "kernels=1", "response", X, tune=0)
+
+
+class Dropped(nn.Module):
+    """Dropout that forgets to ask for the mode."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5)
+
+
+def test_labels_of_one_column_count_and_others_are_refused():
+    batches = images(40, labels=True)
+    accuracies = [
+        compress(net(), "kernels=1", "weight", X, tune=0, test_data=[(x, shape(y)) for x, y in batches]).metrics
+        for shape in (lambda y: y, lambda y: y[:, None])
+    ]
+    assert accuracies[0]["student"]["accuracy"] == accuracies[1]["student"]["accuracy"]
+    one_hot = [(x, nn.functional.one_hot(y, 4).float()) for x, y in batches]
+    with pytest.raises(InputError, match=r"labels are torch\.float32 of shape \(40, 4\); expected one whole number"):
+        compress(net(), "kernels=1", "weight", X, tune=0, test_data=one_hot)
+
+
+def test_targets_that_are_no_classes_are_passed_over():
+    batches = [(x, [{"boxes": torch.zeros(2, 4)}] * len(x)) for x in X]
+    assert compress(net(), "kernels=1", "response", batches, tune=0).metrics["student"]["agreement"] is not None
+
+
+def test_batches_of_several_image_sizes_are_tuned_on():
+    batches = [torch.randn(1, 3, 8 + 2 * (number % 3), 8) for number in range(12)]
+    compress(net(), "kernels=1", "response", batches, tune=2)
+    with pytest.raises(InputError, match="the outputs differ in size from batch to batch"):
+        compress(net()[:4], "kernels=1", "response", batches, tune=0)
 
 
 def test_two_holdouts_are_refused():

@@ -239,6 +239,13 @@ def test_explore_shows_what_compress_gives(monkeypatch):
         assert [layer["counts"] for layer in point["layers"]] == [layer.counts for layer in same.plan.layers]
 
 
+def test_what_was_refused_does_not_stand_in_the_way(tmp_path):
+    """As a time that is too short for one step."""
+    with pytest.raises(InputError, match="one step takes"):
+        explore(net(), X, "response", budgets=["macs=0.6"], tune="0.000001s", out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_explore_chooses_its_budgets_and_goes_on_with_them(tmp_path, monkeypatch):
     from dk2pnet.deploy import costs
     from dk2pnet.deploy.latency import Latency

@@ -389,6 +389,16 @@ def test_a_precision_by_choice_goes_on_where_it_is_asked_for(tmp_path):
     assert chosen.seen[0][0] == 3
 
 
+def test_a_precision_by_choice_may_be_another_one_elsewhere(tmp_path, monkeypatch):
+    """A run begun on a GPU with bf16 goes on where the processor has no units for it."""
+    chosen = Run(network(), replace(OPTIONS, precision="auto"))
+    monkeypatch.setattr(trainer, "choose_precision", lambda device: "bf16")
+    chosen.cut(tmp_path, 3)
+    monkeypatch.setattr(trainer, "choose_precision", lambda device: "fp32")
+    chosen(tmp_path)
+    assert chosen.seen[0][0] == 3
+
+
 # -- the log -----------------------------------------------------------------------------------------------------------
 
 

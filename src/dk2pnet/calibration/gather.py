@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
-from dk2pnet.measure import kept_modes
+from dk2pnet.measure import is_classifier, kept_modes, outputs_of
 
 __all__ = ["gather_moments", "in_groups", "inference_of", "input_patches", "patches_of", "sampled_outputs"]
 
@@ -241,12 +241,14 @@ def _one_pass(
             if gradients:
                 # Parameters ask for no gradients here; the graph hangs on the input.
                 with torch.enable_grad():
-                    logits = model(x.detach().requires_grad_().clone())  # which the network may change in place
-                    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+                    outputs = outputs_of(model(x.detach().requires_grad_().clone()))  # which it may change in place
+                    if not is_classifier(outputs):
+                        shapes = " and ".join(str(tuple(output.shape)) for output in outputs)
                         raise InputError(
                             "criterion 'loss' needs a classifier (one row of class scores per image), but the network "
-                            f"returns {_describe(logits)}; use --criterion response"
+                            f"returns {shapes}; use --criterion response"
                         )
+                    logits = outputs[0]
                     labels = _sampled_labels(logits, first_image + done, seed)
                     F.cross_entropy(logits, labels, reduction="sum").backward()
                 for sums in moments.values():
@@ -266,7 +268,3 @@ def _one_pass(
                 "check the weights and the normalisation"
             )
     return moments
-
-
-def _describe(output: object) -> str:
-    return f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

@@ -154,7 +154,9 @@ class _Runner:
             return None
         assert self.walk is not None
         value = self.walk.ahead(node)
-        return sampled_outputs(value, first, positions, seed).flatten(0, 1) if value.dim() == 4 else None
+        if not isinstance(value, Tensor) or value.dim() != 4:  # a parameter for every channel: as one of another size
+            return torch.zeros(0)
+        return sampled_outputs(value, first, positions, seed).flatten(0, 1)
 
 
 class _Samples:
@@ -174,7 +176,7 @@ class _Samples:
             size = max(1, _PIECE // part[0].numel())
             for start in range(0, len(part), size):
                 piece = part[start : start + size].transpose(0, 1)
-                yield piece.double() if self.precise else piece
+                yield piece.double() if self.precise else piece.float() if piece.dtype.itemsize < 4 else piece
 
 
 class _Layer:

@@ -28,6 +28,7 @@ def reestimate_batch_norm(model: nn.Module, batches: _Batches, device: torch.dev
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     with evaluation(model):
         try:
             fresh = True
@@ -41,8 +42,10 @@ def reestimate_batch_norm(model: nn.Module, batches: _Batches, device: torch.dev
                 fresh = False
                 model(x.to(device))
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
+            for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
+                if not norm.num_batches_tracked:  # the network did not come by: nothing is known that is better
+                    norm.load_state_dict(buffers, strict=False)
 
 
 def correct_biases(

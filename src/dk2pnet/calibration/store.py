@@ -6,9 +6,11 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dk2pnet.decompose.moments import Moments
+from dk2pnet.errors import InputError
 
 __all__ = ["MomentStore"]
 
@@ -52,6 +54,12 @@ class MomentStore:
         tensors = {"input": moments.input_sum, "mean": moments.mean_sum}
         if moments.output_sum is not None:
             tensors["output"] = moments.output_sum
-        save_file(tensors, str(path))
+        try:
+            save_file(tensors, str(path))
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"the moments could not be kept in {path.parent.parent} ({error}); give more --memory, or a "
+                "folder with more room in the environment variable TMPDIR"
+            ) from error
         self._files[name] = path
         self._counts[name] = (moments.positions, moments.images)

@@ -156,4 +156,9 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor | None]:
             f"a batch is {got or 'empty'}; expected a float tensor (B, C, H, W), or a pair of that and labels"
         )
     y = parts[1] if len(parts) == 2 else None
-    return x, None if y is None else torch.as_tensor(y)
+    if y is None:
+        return x, None
+    try:
+        return x, torch.as_tensor(y)
+    except (RuntimeError, ValueError, TypeError):  # boxes, names, ...: no classes, which not everybody needs
+        return x, None

@@ -43,6 +43,8 @@ class Moments:
 
     def add_patches(self, patches: Tensor) -> None:
         """Add input patches ``(n, G, C q)``: products in float32, summed in float64."""
+        if patches.dtype.itemsize < 4:  # sums of squares leave the range of float16
+            patches = patches.float()
         by_group = patches.transpose(0, 1)
         for group, rows in enumerate(by_group):
             self.input_sum[group] += (rows.T @ rows).to(self.input_sum)

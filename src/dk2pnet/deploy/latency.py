@@ -121,7 +121,7 @@ def compare_latency(
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected 1 or more")
     examples = example if isinstance(example, Mapping) else dict.fromkeys(networks, example)
-    with _threads(target, threads):
+    with _threads(target, threads), _compiling(target):
         calls = {name: _call(name, each, examples[name], target, threads) for name, each in networks.items()}
         return _take_turns(calls, seconds, rounds_min, tight)
 
@@ -131,7 +131,7 @@ def conditions(target: str, example: np.ndarray | Tensor | Feed, threads: int | 
     package = target.removesuffix("-int8") if is_onnx(target) else "torch"
     shape = list(example.shape)
     facts = {"target": target, package: _version_of(package), "threads": threads, "batch": shape[0], "input": shape[1:]}
-    return facts | {"processor": processor()}
+    return facts | {"processor": torch.cuda.get_device_name() if target == "cuda" else processor()}
 
 
 def _version_of(package: str) -> str:
@@ -282,7 +282,7 @@ def _in_pytorch(network: nn.Module, example: np.ndarray | Tensor, target: str) -
     if x.dim() == 4:  # the layout in which PyTorch's convolutions are fastest on processors and GPUs
         x = x.to(memory_format=torch.channels_last)
         in_layout(module, torch.channels_last)
-    function = torch.compile(module) if target == "pytorch-compile" else module
+    function = torch.compile(module, dynamic=False) if target == "pytorch-compile" else module
 
     def call() -> object:
         with torch.inference_mode():
@@ -292,6 +292,19 @@ def _in_pytorch(network: nn.Module, example: np.ndarray | Tensor, target: str) -
         return output
 
     return call
+
+
+@contextlib.contextmanager
+def _compiling(target: str) -> Iterator[None]:
+    """As many compiled networks as are asked for: torch.compile gives up on a class of networks after the eighth."""
+    if target != "pytorch-compile":
+        yield
+        return
+    import torch._dynamo.config as limits
+
+    names = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
+    with limits.patch({name: 2**20 for name in names if hasattr(limits, name)}):
+        yield
 
 
 @contextlib.contextmanager

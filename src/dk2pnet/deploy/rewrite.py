@@ -593,7 +593,7 @@ def _absorb_norm(
 def _apply_keep(sites: list[OnnxConvolution], keep: Iterable[str], first: bool, path: Path) -> None:
     if sites and not first and not sites[0].reason:
         sites[0].reason = "first convolution"
-    for pattern in keep:
+    for pattern in [keep] if isinstance(keep, str) else keep:
         chosen = [site for site in sites if fnmatchcase(site.name, pattern) or site.name.startswith(pattern + ".")]
         if not chosen:
             names = ", ".join(site.name for site in sites[:6])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,12 +25,12 @@ from dk2pnet.convert import Convolution, convert, copy_model, find_convolutions,
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.deploy.costs import LatencyTable
-from dk2pnet.errors import InputError
+from dk2pnet.errors import InputError, Refused
 from dk2pnet.layer import DKConv2d, set_form
-from dk2pnet.measure import Predictions, divergence, is_classifier, macs, parameters, predict
+from dk2pnet.measure import Predictions, divergence, evaluation, is_classifier, macs, parameters, predict
 from dk2pnet.pipelines.clock import Clock
 from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
-from dk2pnet.pipelines.folders import write_json
+from dk2pnet.pipelines.folders import disk_message, write_json
 from dk2pnet.pipelines.images import Batches, Images, Part
 from dk2pnet.pipelines.inputs import Network, Progress, silent
 from dk2pnet.pipelines.speed import Spent, choose_forms, deployable, spend_latency
@@ -174,6 +176,7 @@ class ClosedForm:
             factors = solve_layers(replaced, self.open, self.store, self.criterion, self.progress)
         student = convert(self.teacher, plan, factors)
         set_form(student, "folded")
+        _check_called(student, replaced, self.example)
         solved = Solved(student, plan, search=search)
         if replaced and self.images is not None:
             self._correct(solved, factors, replaced, tuned_next=whiten)
@@ -280,6 +283,23 @@ class ClosedForm:
         return found[0]
 
 
+def _check_called(student: nn.Module, names: Iterable[str], example: Tensor) -> None:
+    """Refuse a student that runs past its new layers."""
+    modules, called = dict(student.named_modules(remove_duplicate=False)), set()
+    with ExitStack() as stack:
+        for name in names:
+            hook = modules[name].register_forward_hook(lambda *_, name=name: called.add(name))
+            stack.callback(hook.remove)
+        with evaluation(student):
+            student(example)
+    for name in names:
+        if name not in called:
+            raise Refused(
+                f"the network does not call {name!r} where it stands, but by a reference of its own in whose place "
+                f"nothing can be put; leave it dense (--keep {name})"
+            )
+
+
 def measure_of(teacher_held: Predictions) -> str:
     """What `measure.divergence` measures for this network."""
     return "KL(teacher || student)" if is_classifier(teacher_held.outputs) else "relative squared error"
@@ -328,15 +348,18 @@ def solved_once(folder: Path, teacher: nn.Module, clock: Clock, solve: Callable[
         if processes.is_main():
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir()
-            save_student(solved.student, solved.plan, kept)
             constants = {
                 f"{name}/{key}": tensor.contiguous()
                 for name, whitening in solved.whitenings.items()
                 for key, tensor in asdict(whitening).items()
             }
-            save_file(constants, str(kept / "whitening.safetensors"))
             facts = {"decisions": solved.decisions, "search": solved.search, "seconds": clock.seconds}
-            write_json(folder / notes, facts)
+            try:
+                save_student(solved.student, solved.plan, kept)
+                save_file(constants, str(kept / "whitening.safetensors"))
+                write_json(folder / notes, facts)
+            except (SafetensorError, OSError) as error:
+                raise InputError(disk_message(kept, error)) from error
         processes.wait()
     found = json.loads((folder / notes).read_text(encoding="utf-8"))
     clock.seconds = found["seconds"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from dk2pnet.data import Normalization
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.latency import check_target, compare_latency, conditions, latency_figures
 from dk2pnet.deploy.onnx import export_onnx
-from dk2pnet.errors import InputError, Refused
+from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
 from dk2pnet.measure import (
     macs,
@@ -244,15 +243,10 @@ def compress(
         figures = Figures(ready, progress)
         stages = [figures.of(teacher, "teacher")]
         decision, notes = None, [ready.tuning.said] * bool(ready.tuning.said)
-        try:
-            if wanted.in_points:
-                decision, probe = decide(wanted, unit, prober, ready, progress)
-            else:
-                probe = prober.make(wanted, folder)
-        except Refused:
-            if folder is not None and processes.is_main():  # it must not stand in the way of another budget
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
+        if wanted.in_points:
+            decision, probe = decide(wanted, unit, prober, ready, progress)
+        else:
+            probe = prober.make(wanted, folder)
         prober.close()
         solved, plan = probe.solved, probe.solved.plan
         stages.append(figures.of(solved.student, "closed form"))

@@ -115,7 +115,7 @@ def compress_onnx(
         "budget": str(budget),
         "target": target,
         "criterion": criterion,
-        "keep": list(keep),
+        "keep": [keep] if isinstance(keep, str) else list(keep),
         "first": first,
         "calibration_images": calibration_images,
         "memory": memory,

@@ -18,11 +18,20 @@ from torch import Tensor, nn
 
 from dk2pnet import __version__
 from dk2pnet.deploy.onnx import check_onnx, export_onnx
-from dk2pnet.errors import InputError
+from dk2pnet.errors import InputError, Refused
 from dk2pnet.plan import Plan
 from dk2pnet.processes import is_main, wait
 
-__all__ = ["check_out", "keep_logs", "new_folder", "unfinished", "write_json", "write_onnx", "write_recipe"]
+__all__ = [
+    "check_out",
+    "disk_message",
+    "keep_logs",
+    "new_folder",
+    "unfinished",
+    "write_json",
+    "write_onnx",
+    "write_recipe",
+]
 
 
 def check_out(out: str | Path | None, overwrite: bool) -> None:
@@ -58,8 +67,9 @@ def unfinished(out: str | Path, overwrite: bool, asked: Mapping[str, Any]) -> It
     wait()
     try:
         yield folder
-    except BaseException:
-        if is_main() and not _worth_keeping(folder):
+    except BaseException as error:
+        # What was refused must not stand in the way of another attempt.
+        if is_main() and (isinstance(error, Refused) or not _worth_keeping(folder)):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if is_main():
@@ -88,7 +98,7 @@ def _enter(folder: Path, overwrite: bool, asked: dict[str, Any]) -> None:
             folder.mkdir(parents=True)
             write_json(path, asked)
     except OSError as error:
-        raise InputError(_disk_message(folder, error)) from error
+        raise InputError(disk_message(folder, error)) from error
 
 
 def _named(out: str | Path) -> Path:
@@ -136,11 +146,12 @@ def new_folder(out: str | Path, overwrite: bool) -> Iterator[Path]:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) or "No space left" in str(error):
-            raise InputError(_disk_message(out, error)) from error
+            raise InputError(disk_message(out, error)) from error
         raise
 
 
-def _disk_message(out: Path, error: BaseException) -> str:
+def disk_message(out: Path, error: BaseException) -> str:
+    """One sentence about an error of the file system."""
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     if full:
         return (
@@ -174,6 +185,10 @@ def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path) -> flo
     }
     export_onnx(model, example, path, forms=plan.forms, metadata=metadata)
     probes = [
-        torch.randn(count, *example.shape[1:], generator=torch.Generator().manual_seed(count)) for count in (1, 7)
+        torch.randn(count, *example.shape[1:], generator=torch.Generator().manual_seed(count)).to(example.dtype)
+        for count in (1, 7)
     ]
-    return check_onnx(path, model, probes)
+    try:
+        return check_onnx(path, model, probes)
+    except RuntimeError as error:
+        raise InputError(f"the network was exported, but {error}") from error

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dk2pnet.convert import copy_model
 from dk2pnet.data import ImageData, Normalization, has_split, load
+from dk2pnet.data.images import first_line
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, macs, outputs_of, predict
+from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, macs, predict
 from dk2pnet.pipelines.clock import Clock
 from dk2pnet.pipelines.closed_form import ClosedForm
 from dk2pnet.pipelines.decomposition import CRITERIA
@@ -272,20 +273,32 @@ def _example(given: Tensor | None, images: Images | None, network: Network, inpu
 
 def _check_output(teacher: nn.Module, example: Tensor, criterion: str) -> None:
     try:
-        outputs = outputs_of(predict(teacher, [(example, None)], example.device).outputs)
-    except (RuntimeError, ValueError, TypeError) as error:
+        outputs, again = (predict(teacher, [(example, None)], example.device).outputs for _ in range(2))
+    except Exception as error:  # whatever the network itself raises
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"the network cannot run an image of shape {tuple(example.shape)} ({str(error).splitlines()[0]}); "
+            f"the network cannot run an image of shape {tuple(example.shape)} ({first_line(error)}); "
             "give images of its size (--input-size)"
         ) from error
+    if not all(_alike(a, b) for a, b in zip(outputs, again, strict=True)):
+        raise InputError(
+            "the network gives other outputs each time for the same image, also in evaluation mode, so nothing can be "
+            "compared with it; look for dropout without training=self.training"
+        )
     if criterion == "loss" and not is_classifier(outputs):
         shapes = " and ".join(str(tuple(output.shape)) for output in outputs)
         raise InputError(
             "criterion 'loss' needs a classifier (one row of class scores per image), but the network returns "
             f"{shapes}; use --criterion response"
         )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, which on a GPU may change from run to run."""
+    if a.shape != b.shape or not a.numel():
+        return a.shape == b.shape
+    return torch.allclose(a, b, 1e-2, 1e-3 * float(a.abs().max()), equal_nan=True)
 
 
 def _plain(value: Any) -> Any:

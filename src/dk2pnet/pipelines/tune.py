@@ -224,7 +224,7 @@ def all_alike(images: Images) -> bool:
     first = None
     for x, _ in images.gather:
         first = x[:1] if first is None else first
-        if not torch.equal(x, first.expand_as(x)):
+        if x.shape[1:] != first.shape[1:] or not torch.equal(x, first.expand_as(x)):
             return False
     return images.counts["calibration"] > 1
 

@@ -13,7 +13,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,13 @@ class Checkpoints:
     identity : what the run was asked to do, JSON-able; a checkpoint of a run that was asked for something else is not
         taken for this one's
     every : seconds between two checkpoints that `due` asks for
+    free : parts of the identity that may differ
     """
 
-    def __init__(self, folder: str | Path, identity: Mapping[str, Any], every: float = 60.0) -> None:
-        self.folder, self.every = Path(folder), every
+    def __init__(
+        self, folder: str | Path, identity: Mapping[str, Any], every: float = 60.0, free: Collection[str] = ()
+    ) -> None:
+        self.folder, self.every, self.free = Path(folder), every, free
         self.identity = json.loads(json.dumps(identity))
         self.last: Path | None = None
         self._time = time.monotonic()
@@ -114,7 +117,7 @@ class Checkpoints:
 
     def _check_identity(self, path: Path, found: dict[str, Any]) -> None:
         for key in {**found, **self.identity}:
-            if found.get(key) != self.identity.get(key):
+            if key not in self.free and found.get(key) != self.identity.get(key):
                 raise InputError(
                     f"checkpoint {path} belongs to a run with {key} {_short(found.get(key))}, this one has "
                     f"{_short(self.identity.get(key))}; repeat the command that began it, give another --out, "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dk2pnet.errors import InputError
+from dk2pnet.measure import class_numbers
 
 __all__ = [
     "DEFAULT_METHOD",
@@ -30,6 +31,7 @@ __all__ = [
 
 def labels(scores: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of class scores ``(B, classes)`` with labels ``(B,)``; `InputError` for one beyond the classes."""
+    y = class_numbers(y)
     if int(y.max()) >= scores.shape[1]:
         raise InputError(f"the data has the label {int(y.max())}, but the network has {scores.shape[1]} classes")
     return F.cross_entropy(scores.float(), y)

@@ -119,7 +119,9 @@ class TrainingOptions:
 def choose_precision(device: torch.device) -> str:
     """``bf16`` where the device has units for it (such a GPU, AMX or AVX512-BF16 on a CPU), else ``fp32``."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        # Older GPUs are said to support it, but emulate it.
+        has_units = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+        return "bf16" if has_units else "fp32"
     units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     has_units = any(getattr(torch.cpu, name, bool)() for name in units)  # older versions of PyTorch lack some
     return "bf16" if device.type == "cpu" and has_units else "fp32"
@@ -196,7 +198,9 @@ def train(
         asked |= {"teacher": digest_of(teacher.state_dict() if teacher is not None else {})}
         asked |= {"precision": precision, "steps_per_epoch": steps_per_epoch, "processes": world}
         asked |= {"whitened": sorted(whitenings or ())}
-        checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every)
+        # Chosen for each device: a run that goes on elsewhere may be given another.
+        free = ("precision",) if options.precision == "auto" else ()
+        checkpoints = Checkpoints(folder / "checkpoints", asked, options.checkpoint_every, free)
 
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
@@ -261,7 +265,7 @@ def train(
             for x, y in islice(batches, until - step):
                 x, y = x.to(device, memory_format=_LAYOUT), None if y is None else y.to(device)
                 stage = next(each for each in stages if step < each.stop)
-                with half:
+                with half, _one_image():
                     terms, loss = _loss(forward, teaching, x, y, stage, method, options, step / total, classifies)
                 names = ["loss", *terms]
                 values = dict(zip(names, torch.stack([loss, *terms.values()]).detach().tolist(), strict=True))
@@ -353,6 +357,20 @@ def _train_form(model: nn.Module, device: torch.device, whitenings: Mapping[str,
             continue
         if module.branch_sizes == [module.in_channels] and module.in_channels >= _SEPARATE:
             module.form = "branches"
+
+
+@contextmanager
+def _one_image() -> Iterator[None]:
+    """PyTorch's error about a batch norm that is given one value, as a sentence."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "a batch of one image has no statistics for a batch norm; give larger batches (drop_last=True leaves out "
+            "what is left at the end)"
+        ) from error
 
 
 def _freeze_batch_norm(model: nn.Module) -> None:
