@@ -630,7 +630,7 @@ def reproduction_figures() -> None:
 
 
 GREY = ("mnist", "digits")
-REPRODUCED = ("mnist", "mnist_full", "cifar10", "cifar10_long", "cifar100", "svhn_10k")
+REPRODUCED = ("mnist", "mnist_full", "cifar10", "cifar10_long", "cifar100", "cifar100_long", "svhn_10k")
 TABLES: dict[str, Callable[[], str]] = {
     "third-party": third_party,
     "third-party-tuned": third_party_tuned,

@@ -159,7 +159,8 @@ def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
             if len(found) > 1 and shown:
                 beside = (results["student"]["parameters"], max(by_method[name]["accuracy"] for name in shown))
                 text = f"{results['settings']['epochs']} epochs"
-                axes.annotate(text, beside, (0, 6), textcoords="offset points", ha="center", fontsize=7)
+                axes.annotate(text, beside, (-6, -2), textcoords="offset points", ha="right", fontsize=7)
+                axes.margins(x=0.3)  # room for it: students are the smallest
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         ticks = [tick for tick in _TICKS if low <= tick <= high]
