@@ -256,7 +256,7 @@ def _in_openvino(
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads is not None:
         properties["INFERENCE_NUM_THREADS"] = threads
-    core = openvino.Core()
+    core = _openvino_core()
     try:
         model = core.read_model(network if isinstance(network, bytes) else str(network))
         arrays = example.arrays if isinstance(example, Feed) else {model.input(0).any_name: _array(example)}
@@ -269,6 +269,14 @@ def _in_openvino(
     for name, array in arrays.items():
         request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
     return request.infer
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """One for the life of the process: with the last one OpenVINO unloads its plugin, and a fork after that may crash."""
+    import openvino
+
+    return openvino.Core()
 
 
 def _in_pytorch(network: nn.Module, example: np.ndarray | Tensor, target: str) -> Callable[[], object]:
