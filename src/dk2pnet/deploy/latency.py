@@ -273,7 +273,7 @@ def _in_openvino(
 
 @functools.cache
 def _openvino_core() -> Any:
-    """One for the life of the process: with the last one OpenVINO unloads its plugin, and a fork after that may crash."""
+    """One for the life of the process: with the last one OpenVINO unloads its plugin, and later forks may crash."""
     import openvino
 
     return openvino.Core()
