@@ -505,8 +505,11 @@ def _proven(
 
 def _say_normalization(proto: ModelProto, normalization: Normalization) -> None:
     """Write it to the metadata, as in the files that we export; what a file says already stays."""
-    if all(entry.key != "normalization" for entry in proto.metadata_props):
-        proto.metadata_props.add(key="normalization", value=json.dumps(normalization.to_dict()))
+    said = next((entry for entry in proto.metadata_props if entry.key == "normalization"), None)
+    if said is None:
+        said = proto.metadata_props.add(key="normalization", value="null")
+    if said.value == "null":
+        said.value = json.dumps(normalization.to_dict())
 
 
 class _Judge:
