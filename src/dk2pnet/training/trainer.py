@@ -535,9 +535,8 @@ def _labels_loss(outputs: list[Tensor], y: Tensor) -> Tensor:
 
 def _comparable(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
     """Whether the student's outputs can be held against the teacher's: a classifier's first, of others all."""
-    pairs = zip(outputs[:1], wanted[:1], strict=True) if is_classifier(wanted) else zip(outputs, wanted, strict=False)
-    alike = is_classifier(wanted) or len(outputs) == len(wanted)
-    return alike and all(a.shape == b.shape for a, b in pairs)
+    compared = outputs[:1] if is_classifier(wanted) else outputs
+    return [output.shape for output in compared] == [output.shape for output in wanted]
 
 
 def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Tensor:
@@ -551,8 +550,8 @@ def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Ten
         return distillation(outputs[0], wanted[0], tau)
     if not _comparable(outputs, wanted):
         raise InputError(
-            f"the network gives {len(outputs)} outputs while it trains and the teacher {len(wanted)}, which therefore "
-            "cannot teach them; use hints alone (no labels, tuning), or --tune 0"
+            f"the network gives {len(outputs)} outputs while it trains and the teacher {len(wanted)}, or they differ "
+            "in shape, so it cannot teach them; use hints alone (no labels, tuning), or --tune 0"
         )
     error = torch.stack([(a.float() - b.float()).square().sum() for a, b in zip(outputs, wanted, strict=True)]).sum()
     return error / torch.stack([b.float().square().sum() for b in wanted]).sum().clamp_min(1e-12)
