@@ -69,3 +69,23 @@ class Rows:
         with FileLock(RESULTS / f".{self.name}.lock"):
             rows = [other for other in self.read() if self.key(other) != self.key(row)] + [row]
             write_results(self.name, {**about, "rows": sorted(rows, key=self.order)})
+
+
+RATES = (3e-3, 1e-2)
+FURTHER = {1e-2: 3e-2, 3e-2: 1e-1, 3e-3: 1e-3, 1e-3: 3e-4, 3e-4: 1e-4}
+
+
+def searched(row: Callable[[float, str], dict[str, Any]]) -> dict[str, Any]:
+    """The row of the learning rate and batch norm at which the student agrees most with the teacher on validation.
+
+    `row` makes the row of a rate and a mode: first `RATES` in training mode, then further in the direction of the
+    better one as long as that helps, then frozen batch norm at that rate.
+    """
+    rows = [row(rate, "training") for rate in RATES]
+    while True:
+        best = max(rows, key=lambda each: each["validation_agreement"])
+        further = FURTHER.get(best["lr"])
+        if further is None or further in {each["lr"] for each in rows}:
+            break
+        rows.append(row(further, "training"))
+    return max([best, row(best["lr"], "frozen")], key=lambda each: each["validation_agreement"])

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import Rows, network_parser
+from common import Rows, network_parser, searched
 from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.data import split_training
 from dk2pnet.decompose.whiten import Whitening
@@ -37,8 +37,6 @@ from dk2pnet.pipelines.tune import OPTIONS, Tuner
 from dk2pnet.training.whitened import whitening_of
 from peers import METHODS, Harness
 
-RATES = (3e-3, 1e-2)
-FURTHER = {1e-2: 3e-2, 3e-2: 1e-1, 3e-3: 1e-3, 1e-3: 3e-4, 3e-4: 1e-4}
 STEPS = 150
 # Name of a row -> the method of peers.py that it starts from, and whether it is tuned in the whitened form.
 ROWS = {method: (method, False) for method in METHODS} | {"ours, loss, whitened": ("ours, loss", True)}
@@ -132,14 +130,7 @@ def explore(harness: Tuned, results: Rows, name: str, budget: float, about: Mapp
         return found
 
     row(0.0, "")
-    rows = [row(rate, "training") for rate in RATES]
-    while True:
-        best = max(rows, key=lambda each: each["validation_agreement"])
-        further = FURTHER.get(best["lr"])
-        if further is None or further in {each["lr"] for each in rows}:
-            break
-        rows.append(row(further, "training"))
-    row(best["lr"], "frozen")
+    searched(row)
 
 
 def main() -> None:

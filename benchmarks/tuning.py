@@ -1,9 +1,10 @@
 """Tuning without labels: how much it brings back, and what does it (CIFAR-10 ResNets trained by others).
 
     python benchmarks/tuning.py budgets --weights resnet32.th --data-dir DATA --runs FOLDER [--model resnet32]
-    python benchmarks/tuning.py losses  ... one row per loss, at each learning rate and batch-norm mode
+    python benchmarks/tuning.py losses  ... what teaches: each at its best learning rate and batch-norm mode
     python benchmarks/tuning.py images  ... how many images, and whose
 
+`losses` searches rate and mode at the first seed (`common.searched`), and makes the best row for the other seeds.
 `budgets`: the default at 0.44, 0.30 and 0.15 of the network's multiply-adds, 150 and 500 steps. Every row starts from
 the closed form of 2,000 calibration images without labels (a fifth of them only decides). Accuracy is the test split's,
 only shown; what chooses is the KL(teacher || student) on the validation tenth of the training split. The seed sets the
@@ -24,15 +25,16 @@ from typing import Any
 
 import torch
 
-from common import Rows, network_parser
+from common import Rows, network_parser, searched
 from dk2pnet.data import calibration_split, split_training
 from dk2pnet.measure import accuracy, agreement, divergence, macs, predict
 from dk2pnet.pipelines.clock import Clock
-from dk2pnet.pipelines.closed_form import ClosedForm, Solved, solved_once
+from dk2pnet.pipelines.closed_form import ClosedForm, Solved, renormalized, solved_once
 from dk2pnet.pipelines.images import Images, named_images
 from dk2pnet.pipelines.inputs import environment, load_data, open_network
 from dk2pnet.pipelines.tune import OPTIONS, Tuner
 from dk2pnet.plan import Budget
+from recovery import fskd, penultimate
 
 KEYS = (
     "budget",
@@ -62,19 +64,25 @@ DEFAULT = {
     "bn": OPTIONS.batch_norm,
     "steps": 150,
 }
-# Name of a row in the table -> what differs from the default.
+# Name of a row in the table -> what differs from the default. Adam does not see the scale of a loss, so that 0.1 KD
+# beside hints is ten times the hints' weight beside KD.
 LOSSES: dict[str, dict[str, Any]] = {
-    "KD": {"method": "kd", "distill": 1.0},
-    "KP per unit": {"method": "kp-unit"},
-    "KP per unit + KD": {"method": "kp-unit", "distill": 1.0},
-    "KP over channels": {"method": "kp-channel"},
-    "KP over channels + KD": {"method": "kp-channel", "distill": 1.0},
-    "KP over positions": {"method": "kp-position"},
     "Euclidean hints": {"method": "euclidean"},
-    "Euclidean hints + KD": {"method": "euclidean", "distill": 1.0},
     "Euclidean hints, plain form": {"method": "euclidean", "whitened": False},
+    "KP per unit": {"method": "kp-unit"},
     "KP per unit, plain form": {"method": "kp-unit", "whitened": False},
+    "KD": {"method": "kd", "distill": 1.0},
     "KD, plain form": {"method": "kd", "distill": 1.0, "whitened": False},
+    "KP over channels": {"method": "kp-channel"},
+    "KP over positions": {"method": "kp-position"},
+    "MiR": {"method": "mir"},
+    "FSKD": {"method": "fskd", "steps": 0},
+    "KP per unit + KD": {"method": "kp-unit", "distill": 1.0},
+    "KP per unit + 0.1 KD": {"method": "kp-unit", "distill": 0.1},
+    "KP over channels + KD": {"method": "kp-channel", "distill": 1.0},
+    "KP over channels + 0.1 KD": {"method": "kp-channel", "distill": 0.1},
+    "Euclidean hints + KD": {"method": "euclidean", "distill": 1.0},
+    "Euclidean hints + 0.1 KD": {"method": "euclidean", "distill": 0.1},
 }
 
 
@@ -115,7 +123,9 @@ class Bench:
 
     def closed_form(self, row: dict) -> tuple[Images, Any, Solved, float]:
         """The student without tuning, or to be tuned; moments are gathered anew, to have the seconds of one run."""
-        key = tuple(row[name] for name in ("budget", "seed", "images", "whose")) + (bool(row["steps"]),)
+        # Only what is neither tuned nor fitted afterwards is reconstructed, as in `compress`.
+        recovered = bool(row["steps"]) or row["method"] == "fskd"
+        key = tuple(row[name] for name in ("budget", "seed", "images", "whose")) + (recovered,)
         if key not in self.solved:
             images = self.images(row)
             held = predict(self.teacher, images.held_out)
@@ -125,7 +135,7 @@ class Bench:
                 with ClosedForm(
                     self.teacher, held, self.network, images, self.example, "loss", seed=row["seed"], clock=clock
                 ) as closed:
-                    return closed.solve(Budget.parse(row["budget"]), whiten=bool(row["steps"]))
+                    return closed.solve(Budget.parse(row["budget"]), whiten=recovered)
 
             place = Path(self.options.runs, self.options.model, "-".join(map(str, key)))
             place.mkdir(parents=True, exist_ok=True)
@@ -138,12 +148,18 @@ class Bench:
         start = Solved(solved.student, solved.plan, [], [], solved.whitenings)
         found: dict[str, Any] = {"closed_form_seconds": seconds}
         student = solved.student
-        if row["steps"]:
+        if row["method"] == "fskd":
+            began = time.perf_counter()
+            fskd(student, self.teacher, images.gather)
+            student = renormalized(student, held, images.gather, images.held_out, self.cpu, [])
+            found["seconds"] = time.perf_counter() - began
+        elif row["steps"]:
             options = replace(
                 OPTIONS,
                 **{key: row[key] for key in ("method", "beta", "distill", "tau", "kp_tau")},
                 learning_rate=row["lr"],
                 batch_norm=row["bn"],
+                hints=penultimate(student, self.teacher, self.example) if row["method"] == "mir" else (),
             )
             times: list[float] = []
             tuner = Tuner(
@@ -182,23 +198,29 @@ def _key(row: Mapping[str, Any]) -> tuple:
     return tuple(row[name] for name in KEYS)
 
 
-def wanted(options: argparse.Namespace) -> list[dict]:
-    rows = []
-    for seed in options.seeds:
-        for budget in options.budgets:
-            base = DEFAULT | {"budget": f"macs={budget:g}", "seed": seed}
-            if options.part == "budgets":
-                rows += [base | {"steps": steps} for steps in (0, *options.steps)]
-            elif options.part == "losses":
-                for name in options.only or LOSSES:
-                    for lr in options.lrs:
-                        for bn in options.batch_norms:
-                            rows.append(base | LOSSES[name] | {"lr": lr, "bn": bn, "name": name})
-            else:
-                for images in (100, 500, 2000, 10000):
-                    rows += [base | {"images": images, "steps": steps} for steps in (0, *options.steps)]
-                rows += [base | {"whose": "cifar100", "steps": steps} for steps in (0, *options.steps)]
-    return rows
+def made(bench: Bench, row: dict) -> dict:
+    """The row, which is made unless the JSON has it."""
+    known = [other for other in bench.rows.read() if _key(other) == _key(row)]
+    if known:
+        return known[0]
+    row = row | bench.run(row)
+    bench.record(row)
+    print({key: row.get(key) for key in (*KEYS, "accuracy", "validation_agreement", "seconds")}, flush=True)
+    return row
+
+
+def losses(bench: Bench, budget: str) -> None:
+    """What teaches: the search at the first seed, the other seeds at what was best there."""
+    options = bench.options
+    for name in options.only or LOSSES:
+        base = DEFAULT | LOSSES[name] | {"budget": budget, "name": name}
+        if base["steps"]:
+            first = base | {"seed": options.seeds[0]}
+            best = searched(lambda lr, bn, first=first: made(bench, first | {"lr": lr, "bn": bn}))
+        else:
+            best = {"lr": 0.0, "bn": ""}
+        for seed in options.seeds:
+            made(bench, base | {"seed": seed, "lr": best["lr"], "bn": best["bn"]})
 
 
 def main() -> None:
@@ -208,17 +230,23 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.15])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", nargs="+", type=int, default=[150, 500])
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--batch-norms", nargs="+", default=["frozen", "training"])
     parser.add_argument("--only", nargs="+", choices=list(LOSSES))
     options = parser.parse_args()
     bench = Bench(options)
-    for row in wanted(options):
-        if _key(row) in {_key(other) for other in bench.rows.read()}:
+    for number in options.budgets:
+        budget = f"macs={number:g}"
+        if options.part == "losses":
+            losses(bench, budget)
             continue
-        row |= bench.run(row)
-        bench.record(row)
-        print({key: row.get(key) for key in (*KEYS, "accuracy", "validation_kl", "seconds")}, flush=True)
+        for seed in options.seeds:
+            base = DEFAULT | {"budget": budget, "seed": seed}
+            for steps in (0, *options.steps):
+                if options.part == "budgets":
+                    made(bench, base | {"steps": steps})
+                    continue
+                for images in (100, 500, 2000, 10000):
+                    made(bench, base | {"images": images, "steps": steps})
+                made(bench, base | {"whose": "cifar100", "steps": steps})
 
 
 if __name__ == "__main__":

@@ -51,3 +51,15 @@ def test_a_row_takes_the_place_of_the_one_with_its_key(results):
 def test_results_that_are_not_there_are_new(results):
     assert common.read_results("none", {"rows": []}) == {"rows": []}
     assert not results.exists()
+
+
+def test_the_search_of_rate_and_mode_goes_on_while_it_helps():
+    made = []
+
+    def row(lr, bn):
+        made.append((lr, bn))
+        agreement = -abs(lr - 3e-2) - (0.001 if bn == "frozen" else 0)
+        return {"lr": lr, "bn": bn, "validation_agreement": agreement}
+
+    assert common.searched(row) == {"lr": 3e-2, "bn": "training", "validation_agreement": 0}
+    assert made == [(rate, "training") for rate in (3e-3, 1e-2, 3e-2, 1e-1)] + [(3e-2, "frozen")]
