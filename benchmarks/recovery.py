@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dk2pnet.calibration.gather import inference_of
-from dk2pnet.layer import DKConv2d
+from dk2pnet.layer import DKConv2d, set_form
 from dk2pnet.training.hints import Tap, capture, find_pairs
 from dk2pnet.training.losses import METHODS, Method, euclidean
 
@@ -42,6 +42,7 @@ def fskd(student: nn.Module, teacher: nn.Module, batches: Iterable[tuple[Tensor,
     and damped towards the identity, which few images need.
     """
     layers = {name: module for name, module in student.named_modules() if isinstance(module, DKConv2d)}
+    set_form(student, "folded")  # each layer is run over all images for each layer before it
     with inference_of(student), inference_of(teacher), torch.no_grad():
         for name, layer in layers.items():
             assert layer.groups == 1

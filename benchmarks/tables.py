@@ -487,7 +487,8 @@ def tuning(model: str) -> Callable[[], str]:
         data = read(f"tuning-budgets-{model}")
         cells: dict[tuple[str, int], list[dict]] = {}
         for row in data["rows"]:
-            cells.setdefault((row["budget"], row["steps"]), []).append(row)
+            if row["lr"] is None:  # the rate that `compress` chooses
+                cells.setdefault((row["budget"], row["steps"]), []).append(row)
         rows = []
         for (budget, steps), found in sorted(cells.items(), key=lambda each: (-float(each[0][0][5:]), each[0][1])):
             seconds = [row["seconds"] if steps else row["closed_form_seconds"] for row in found]
@@ -505,27 +506,78 @@ def tuning(model: str) -> Callable[[], str]:
     return table
 
 
-def tuning_losses(model: str) -> Callable[[], str]:
-    def table() -> str:
-        found = sorted(
-            read(f"tuning-losses-{model}")["rows"], key=lambda row: (row["budget"], -row["validation_agreement"])
-        )
-        rows = [
-            (
-                row["budget"],
-                row["name"],
-                f"{row['lr']:g}",
-                row["bn"],
-                f"{row['validation_kl']:.3f}",
-                f"{row['validation_agreement']:.2f}",
-                f"{row['accuracy']:.2f}",
-            )
-            for row in found
-        ]
-        header = ("budget", "taught by", "rate", "batch norm", "validation KL", "validation agreement %", "accuracy %")
-        return markdown_table(header, rows)
+def tuning_rates() -> str:
+    """The rate that the start decides beside the one before it, over the seeds that have both."""
+    rows = []
+    for model in ("resnet32", "resnet44"):
+        found = [row for row in read(f"tuning-budgets-{model}")["rows"] if row["steps"]]
+        for budget, steps in sorted({(row["budget"], row["steps"]) for row in found if row["lr"] is not None}):
+            alike = [row for row in found if (row["budget"], row["steps"]) == (budget, steps)]
+            by_rate = [{row["seed"]: row for row in alike if (row["lr"] is None) == chosen} for chosen in (False, True)]
+            for of_seed in by_rate:
+                same = [of_seed[seed] for seed in of_seed if seed in by_rate[0] and seed in by_rate[1]]
+                if same:
+                    agreement, accuracy = (
+                        mean_and_spread([row[key] for row in same]) for key in ("validation_agreement", "accuracy")
+                    )
+                    rate = same[0]["lr"] or same[0]["rate"]
+                    rows.append((model, budget, f"{steps}", f"{rate:g}", agreement, accuracy))
+    return markdown_table(("network", "budget", "steps", "rate", "validation agreement %", "accuracy %"), rows)
 
-    return table
+
+def tuning_losses() -> str:
+    """What teaches: the methods whose search is over, each where it agreed most with the teacher, over seeds."""
+    best: list[tuple[str, str, float, tuple]] = []
+    for model in ("resnet32", "resnet44"):
+        methods: dict[tuple[str, str], list[dict]] = {}
+        for row in read(f"tuning-losses-{model}")["rows"]:
+            methods.setdefault((row["budget"], row["name"]), []).append(row)
+        for (budget, name), rows in methods.items():
+            first = [row for row in rows if row["seed"] == min(row["seed"] for row in rows)]
+            if first[0]["steps"] and not any(row["bn"] == "frozen" for row in first):
+                continue
+            chosen = max(first, key=lambda row: row["validation_agreement"])
+            seeds = [row for row in rows if (row["lr"], row["bn"]) == (chosen["lr"], chosen["bn"])]
+            agreement = [row["validation_agreement"] for row in seeds]
+            cells = (
+                f"{chosen['lr']:g}" if chosen["steps"] else "–",
+                chosen["bn"] or "–",
+                f"{mean(row['validation_kl'] for row in seeds):.3f}",
+                mean_and_spread(agreement),
+                mean_and_spread([row["accuracy"] for row in seeds]),
+            )
+            best.append((model, budget, -mean(agreement), (model, budget, name, *cells)))
+    return markdown_table(("network", *_LOSSES_HEADER), [row for *_, row in sorted(best)])
+
+
+_LOSSES_HEADER = (
+    "budget",
+    "taught by",
+    "rate",
+    "batch norm",
+    "validation KL",
+    "validation agreement %",
+    "accuracy %",
+)
+
+
+def tuning_losses_before() -> str:
+    found = sorted(
+        read("tuning-losses-resnet32-before")["rows"], key=lambda row: (row["budget"], -row["validation_agreement"])
+    )
+    rows = [
+        (
+            row["budget"],
+            row["name"],
+            f"{row['lr']:g}",
+            row["bn"],
+            f"{row['validation_kl']:.3f}",
+            f"{row['validation_agreement']:.2f}",
+            f"{row['accuracy']:.2f}",
+        )
+        for row in found
+    ]
+    return markdown_table(_LOSSES_HEADER, rows)
 
 
 def points(model: str) -> Callable[[], str]:
@@ -660,8 +712,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning-resnet44": tuning("resnet44"),
     "tuning-resnet32-before": tuning("resnet32-before"),
     "tuning-resnet44-before": tuning("resnet44-before"),
-    "tuning-losses-resnet32": tuning_losses("resnet32"),
-    "tuning-losses-resnet32-reconstructed": tuning_losses("resnet32-reconstructed"),
+    "tuning-rates": tuning_rates,
+    "tuning-losses": tuning_losses,
+    "tuning-losses-before": tuning_losses_before,
     "large-tuning": large_tuning,
     "points-resnet32": points("resnet32"),
     "explore-resnet32": explored("resnet32"),

@@ -60,7 +60,7 @@ DEFAULT = {
     "tau": OPTIONS.tau,
     "kp_tau": OPTIONS.kp_tau,
     "whitened": True,
-    "lr": OPTIONS.learning_rate,
+    "lr": None,  # as `compress` chooses it
     "bn": OPTIONS.batch_norm,
     "steps": 150,
 }
@@ -154,13 +154,15 @@ class Bench:
             student = renormalized(student, held, images.gather, images.held_out, self.cpu, [])
             found["seconds"] = time.perf_counter() - began
         elif row["steps"]:
-            options = replace(
-                OPTIONS,
-                **{key: row[key] for key in ("method", "beta", "distill", "tau", "kp_tau")},
-                learning_rate=row["lr"],
-                batch_norm=row["bn"],
-                hints=penultimate(student, self.teacher, self.example) if row["method"] == "mir" else (),
-            )
+            options = None
+            if row["lr"] is not None:
+                options = replace(
+                    OPTIONS,
+                    **{key: row[key] for key in ("method", "beta", "distill", "tau", "kp_tau")},
+                    learning_rate=row["lr"],
+                    batch_norm=row["bn"],
+                    hints=penultimate(student, self.teacher, self.example) if row["method"] == "mir" else (),
+                )
             times: list[float] = []
             tuner = Tuner(
                 self.teacher,
@@ -174,6 +176,7 @@ class Bench:
                 whitened=row["whitened"],
                 progress=lambda *_: times.append(time.perf_counter()),
             )
+            found["rate"] = tuner.rate_for(predict(student, images.held_out))
             tuned = tuner.tune(start, row["steps"])
             found["kept"] = tuned is not None  # else the student stays as it was, as in `compress`
             student = tuned or student

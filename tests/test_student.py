@@ -164,7 +164,7 @@ def test_the_wrong_factory_is_refused(saved):
         load_student(folder, factory=other)
     with pytest.raises(InputError, match="do not fit"):
         load_student(folder, factory=lambda: lenet(1, num_classes=7))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="do not fit"):
         load_student(folder, factory=lambda: lenet(3))
 
 
@@ -177,7 +177,7 @@ def test_a_network_with_another_number_of_channels_is_refused(saved):
         model.features[3] = nn.Conv2d(4, 32, 3, padding=1)
         return model
 
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="features.3"):
         load_student(folder, factory=narrow)
 
 

@@ -64,7 +64,7 @@ Model = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help="digits, cifar10, a hub name, a parquet folder or an image folder.")]
 DataDir = Annotated[str | None, typer.Option(help="Folder with local copies of data sets (or DK2PNET_DATA).")]
-Weights = Annotated[str | None, typer.Option(help="A .safetensors, .pt, .pth or .th file, or 'pretrained'.")]
+Weights = Annotated[str | None, typer.Option(help="A .safetensors, .pt, .pth, .th or .bin file, or 'pretrained'.")]
 Normalize = Annotated[str | None, typer.Option(help="imagenet, cifar10, ... or MEAN,.../STD,... of pixels in [0, 1].")]
 InputSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
 Classes = Annotated[int | None, typer.Option(help="Number of classes, where the data does not say it.")]
@@ -94,7 +94,9 @@ Criterion = Annotated[
 ]
 Keep = Annotated[
     list[str] | None,
-    typer.Option(help="Convolutions that stay dense: a name, its beginning, or a pattern. Repeatable."),
+    typer.Option(
+        help="Convolutions that stay dense: a name, a module that holds them (layer1), or a pattern. Repeatable."
+    ),
 ]
 First = Annotated[bool, typer.Option("--first", help="Decompose the first convolution too.")]
 CalibrationImages = Annotated[int, typer.Option(help="Training images, labels unused; a fifth only decides.")]
@@ -103,7 +105,12 @@ CalibrationData = Annotated[
     typer.Option(help="Other images to calibrate and tune on, as --data: a name or a folder. Labels are not used."),
 ]
 Memory = Annotated[float, typer.Option(help="GiB for statistics of the layers.")]
-Rebuild = Annotated[bool, typer.Option(help="Try the layer-by-layer reconstruction (slow for large images).")]
+Rebuild = Annotated[
+    bool,
+    typer.Option(
+        help="Try the layer-by-layer reconstruction where no tuning follows or is kept (slow for large images)."
+    ),
+]
 Tune = Annotated[
     str | None,
     typer.Option(
@@ -305,7 +312,7 @@ def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
         default = parameter.default  # of the command: the context's may come from a recipe
         if name not in ("recipe", *taken) and (given[name] or default) and given[name] != default:
             raise InputError(
-                f"{parameter.opts[0]} does not go with an .onnx model, which can only be decomposed, not trained; "
+                f"{parameter.opts[0]} does not go with an .onnx model, which can be decomposed and tuned, not trained; "
                 "leave it away"
             )
     options = {name: value for name, value in given.items() if name in taken}

@@ -190,6 +190,11 @@ def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None 
             raise InputError(
                 f"the plan replaces {layer.name!r}, which is no Conv2d of this network; give the right network"
             )
+        if len(layer.counts) != conv.in_channels:
+            raise InputError(
+                f"the plan has kernels for {len(layer.counts)} input channels of {layer.name!r}, which has "
+                f"{conv.in_channels} in this network; give the right network"
+            )
         if factors is not None:
             layers[conv] = DKConv2d.from_factors(conv, factors[layer.name])
         else:

@@ -27,6 +27,7 @@ __all__ = [
     "outputs_of",
     "parameters",
     "predict",
+    "squared_error",
     "use_form",
 ]
 
@@ -203,9 +204,12 @@ def divergence(teacher: Predictions, student: Predictions) -> float:
             F.log_softmax(student.outputs[0].double(), 1),
         )
         value = float(F.kl_div(log_student, target, reduction="batchmean", log_target=True))
-    else:
-        error = sum(
-            float((t - s).double().square().sum()) for t, s in zip(teacher.outputs, student.outputs, strict=True)
-        )
-        value = error / max(sum(float(t.double().square().sum()) for t in teacher.outputs), 1e-30)
+        return value if value == value else float("inf")
+    return squared_error(teacher, student)
+
+
+def squared_error(teacher: Predictions, student: Predictions) -> float:
+    """Squared error of all outputs over the teacher's energy. Infinite when the student's are not finite."""
+    error = sum(float((t - s).double().square().sum()) for t, s in zip(teacher.outputs, student.outputs, strict=True))
+    value = error / max(sum(float(t.double().square().sum()) for t in teacher.outputs), 1e-30)
     return value if value == value else float("inf")

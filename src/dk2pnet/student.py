@@ -20,8 +20,12 @@ __all__ = ["PLAN", "WEIGHTS", "is_saved", "load_student", "save_student"]
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
 
 
-def save_student(model: nn.Module, plan: Plan, folder: Path) -> None:
-    """Write plan.json and model.safetensors into the existing `folder`; weights shared by several modules once."""
+def save_student(model: nn.Module, plan: Plan, folder: str | Path) -> None:
+    """Write plan.json and model.safetensors into the existing `folder`; weights shared by several modules once.
+
+    The plan is given the hash of the weights.
+    """
+    folder = Path(folder)
     save_model(model, str(folder / WEIGHTS))
     plan.weights_hash = _hash(folder / WEIGHTS)
     (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
@@ -38,6 +42,12 @@ def load_student(folder: str | Path, factory: Callable[[], nn.Module] | None = N
 
     `factory` makes the dense network; it is needed only where the network was given as a Python object and not by
     name (the names of dk2pnet, torchvision and timm, and FILE.py:FUNCTION).
+
+    Raises
+    ------
+    InputError
+        When the folder has no plan or weights, or they do not belong together; when a factory is needed, or the one
+        given makes another network.
     """
     folder = Path(folder)
     plan = Plan.load(folder / PLAN)

@@ -276,6 +276,14 @@ def test_moments_of_two_halves_of_the_images_add_up_where_no_position_is_sampled
     all_closes({name: halves[0][name] + halves[1][name] for name in whole}, whole)
 
 
+def test_so_they_do_where_positions_are_sampled_if_each_half_knows_its_first_image():
+    x = images(8)
+    options = {"positions": 6, "gradients": True}
+    whole = gathered(network(), batched(x, 8), **options)
+    halves = [gathered(network(), batched(x[first : first + 4], 2), first_image=first, **options) for first in (0, 4)]
+    all_closes({name: halves[0][name] + halves[1][name] for name in whole}, whole)
+
+
 def test_labels_are_not_looked_at():
     x = images(4)
     plain = gathered(network(), [(x, None)], gradients=True)

@@ -94,6 +94,20 @@ def test_normalization_survives_a_round_trip(text):
     assert Normalization.from_dict(normalization.to_dict()) == normalization
 
 
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        ("mnist", (0.1307,), (0.3081,)),
+        ("svhn", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    ],
+)
+def test_names_are_the_normalisations_that_networks_of_others_expect(name, mean, std):
+    assert Normalization.parse(name) == Normalization(mean, std)
+
+
 @pytest.mark.parametrize("text", ["nonsense", "0.5", "0.5/a", "0.5/0.2/0.1", "0.5,0.5/0.2", "0.5/0", "nan/1"])
 def test_normalization_rejects(text):
     with pytest.raises(InputError, match=r"normalisation .*; expected one"):
@@ -169,6 +183,17 @@ def test_shuffling_keeps_images_and_labels_together():
         labels += y.tolist()
     assert labels != list(range(10))
     assert sorted(labels) == list(range(10))
+
+
+def test_parts_for_several_processes_are_every_batch_once_from_the_first_asked_for():
+    batches = in_memory(22).batches(8, PLAIN, shuffle=True)
+    whole, shards = list(batches)[1:], [list(batches.part(1, rank, 3)) for rank in range(3)]
+    assert [len(shard) for shard in shards] == [len(whole)] * 3 == [2] * 3
+    for number, (x, y) in enumerate(whole):
+        for rank in range(3):
+            part, labels = shards[rank][number]
+            assert torch.equal(part, x[rank::3])
+            assert torch.equal(labels, y[rank::3])
 
 
 @pytest.mark.parametrize("augment", ["digits", "natural"])

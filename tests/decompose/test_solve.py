@@ -317,7 +317,7 @@ def test_no_other_combination_of_the_same_kernels_is_better(drawn):
 
 @some
 @given(shapes(), st.sampled_from(["random", "correlated"]), st.sampled_from(["none", "definite"]), st.integers(0, 999))
-def test_more_kernels_never_leave_a_larger_start(shape, kind, output_kind, seed):
+def test_more_kernels_never_leave_a_larger_error(shape, kind, output_kind, seed):
     """On uncorrelated channels, where a channel's error is its own."""
     case = Case(shape, kind, output_kind, seed)
     blocks = torch.block_diag(*[torch.ones(case.q, case.q, dtype=torch.float64)] * case.C)

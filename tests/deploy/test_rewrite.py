@@ -251,6 +251,30 @@ def test_parameters_and_multiply_adds(tmp_path):
     assert network.macs(shapes) == 36 * (8 * 27 + 12 * 72) + 60
 
 
+@pytest.mark.parametrize(
+    ("kind", "shapes", "attributes", "wanted"),
+    [
+        ("MatMul", {"a": (2, 3, 4), "b": (4, 5), "z": (2, 3, 5)}, {}, 2 * 3 * 5 * 4),
+        ("Gemm", {"a": (7, 2), "b": (7, 3), "z": (2, 3)}, {"transA": 1}, 2 * 3 * 7),
+        ("Gemm", {"a": (2, 7), "b": (3, 7), "z": (2, 3)}, {"transB": 1}, 2 * 3 * 7),
+        (
+            "ConvTranspose",
+            {"a": (2, 3, 5, 5), "b": (3, 4, 2, 2), "z": (2, 4, 10, 10)},
+            {"strides": [2, 2]},
+            2 * 48 * 25,
+        ),
+        ("LSTM", {"a": (3, 2, 4), "b": (1, 20, 4), "c": (1, 20, 5), "z": (3, 1, 2, 5)}, {}, 3 * 2 * 20 * (4 + 5)),
+        ("QLinearConv", {"a": (2, 3, 6, 6), "d": (4, 3, 3, 3), "z": (2, 4, 4, 4)}, {}, 2 * 4 * 4 * 4 * 27),
+        ("Relu", {"a": (2, 3), "z": (2, 3)}, {}, 0),
+    ],
+)
+def test_multiply_adds_of_every_kind_of_node(tmp_path, kind, shapes, attributes, wanted):
+    network = read_onnx(save(small(), tmp_path))
+    del network.proto.graph.node[:]
+    network.proto.graph.node.append(helper.make_node(kind, list("abcd"), ["z"], **attributes))
+    assert network.macs(shapes) == wanted
+
+
 # -- files that are damaged, or meant to do harm ---------------------------------------------------------------------
 
 

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from dk2pnet import cli
-from dk2pnet.deploy import costs
-from dk2pnet.deploy.latency import compare_latency
-from dk2pnet.pipelines import compress as pipeline
-from dk2pnet.pipelines import compress_onnx, speed
+from timing import quick, time_by
 
 FILES = {"plan.json", "model.safetensors", "model.onnx", "metrics.json", "report.html", "recipe.yaml"}
 LOGS = {"log.jsonl", "tensorboard"}  # of a training
@@ -43,12 +40,7 @@ def here(*args, cwd):
         patch.chdir(cwd)
         patch.setenv("COLUMNS", "200")
         patch.setattr(sys, "argv", ["dk2pnet", *map(str, args)])
-
-        def quick(*networks, **options):
-            return compare_latency(*networks, **options | {"seconds": 0.01, "rounds_min": 2})
-
-        for room in (pipeline, compress_onnx, speed, costs):
-            patch.setattr(room, "compare_latency", quick)
+        time_by(quick, patch)
         try:
             cli.main()
         except SystemExit as stop:

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from dk2pnet.data import load
+from dk2pnet.errors import InputError
 
 HALF = ["compress", "--model", "teacher", "--data", "digits", "--tune", "0", "--budget", "macs=0.5"]
 BY_NAME = ["--model", "lenet", "--data", "digits", "--normalize", "0.5/0.5"]
@@ -49,6 +50,55 @@ def half(place):
     """The teacher at half its MACs, by the commands of the README."""
     answer = works(shell, *HALF, "--criterion", "loss", "--out", "half", cwd=place)
     return place / "half", answer
+
+
+# -- what an option reaches --------------------------------------------------------------------------------------------
+
+
+def reached(room, command, *options, cwd, monkeypatch):
+    """What `command` hands to the pipeline."""
+    seen = {}
+
+    def spy(*_, **given):
+        seen.update(given)
+        raise InputError("seen")
+
+    monkeypatch.setattr(f"dk2pnet.pipelines.{room}", spy)
+    assert error_of(here(command, "--model", "lenet", "--out", "out", *options, cwd=cwd)) == "Error: seen"
+    return seen
+
+
+def test_options_of_train_reach_the_training(tmp_path, monkeypatch):
+    wanted = {"weight_decay": 0.25, "alpha": 0.1, "tau": 2.0, "kp_tau": 3.0, "beta": 5.0, "beta_end": 0.5, "seed": 7}
+    wanted |= {"epochs": 9, "batch_size": 11, "method": "at", "precision": "bf16", "checkpoint_every": 5.0}
+    given = [part for name, value in wanted.items() for part in (f"--{name.replace('_', '-')}", value)]
+    flags = ["--pre-regressor", "--compile", "--lr", 0.3, "--hint", "a=b", "--hint", "c"]
+    more = ["--teacher", "resnet20", "--teacher-weights", "w", "--classes", 4, "--images", 50, "--augment", "none"]
+    seen = reached(
+        "train.train_network", "train", "--data", "digits", *given, *flags, *more, cwd=tmp_path, monkeypatch=monkeypatch
+    )
+    wanted |= {"pre_regressor": True, "compile": True, "learning_rate": 0.3, "hints": ("a=b", "c")}
+    assert {name: getattr(seen["options"], name) for name in wanted} == wanted
+    others = {"teacher": "resnet20", "teacher_weights": "w", "classes": 4, "images": 50, "augment": "none"}
+    assert {name: seen[name] for name in others} == others
+
+
+SHARED = {"memory": 1.5, "rebuild": False, "seed": 7, "classes": 4, "precision": "bf16", "calibration_images": 70}
+
+
+@pytest.mark.parametrize("command", ["compress", "explore"])
+def test_options_of_compress_and_explore_reach_them(command, tmp_path, monkeypatch):
+    given = ["--memory", 1.5, "--no-rebuild", "--seed", 7, "--classes", 4, "--precision", "bf16"]
+    given += ["--calibration-images", 70, "--checkpoint-every", 5, "--first", "--keep", "a", "--calibration-data", "b"]
+    own = {"points": 3}
+    if command == "compress":
+        own = {"method": "kd", "learning_rate": 0.3, "batch_size": 11, "compile": True, "hints": ["a=b"], "epochs": 2}
+        given += ["--method", "kd", "--lr", 0.3, "--batch-size", 11, "--compile", "--hint", "a=b", "--epochs", 2]
+    else:
+        given += ["--points", 3]
+    seen = reached(f"{command}.{command}", command, *given, cwd=tmp_path, monkeypatch=monkeypatch)
+    wanted = SHARED | own | {"checkpoint_every": 5.0, "first": True, "keep": ["a"], "calibration_data": "b"}
+    assert {name: seen[name] for name in wanted} == wanted
 
 
 # -- what a run writes -------------------------------------------------------------------------------------------------
@@ -210,7 +260,15 @@ def test_an_onnx_file_of_a_fixed_batch_is_evaluated_on_all_images(place, half):
         folder.mkdir(parents=True, exist_ok=True)
         pixels = data.images[number, 0].numpy()
         Image.fromarray(np.stack([pixels] * 3, 2)).save(folder / f"{number}.png")
-    works(here, "evaluate", "--model", "half/model.onnx", "--data", "colours", cwd=place)
+        grey = place / f"greys/test/{int(data.labels[number])}"
+        grey.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(grey / f"{number}.png")
+    colours, greys = (
+        works(here, "evaluate", "--model", "half/model.onnx", "--data", name, cwd=place)
+        for name in ("colours", "greys")
+    )
+    assert "of 40 images" in colours.out
+    assert accuracy_in(colours) == accuracy_in(greys)
 
 
 NET = """
@@ -422,7 +480,7 @@ BAD = {
     "no epochs of training": (["train", "--model", "lenet", "--data", "digits", "--epochs", "0"], ["0 epochs"]),
     "recipe with an unknown option": (["compress", "--recipe", "bad/recipe.yaml"], ["speed", "recipe.yaml"]),
     "recipe that does not exist": (["compress", "--recipe", "bad/none.yaml"], ["none.yaml"]),
-    "wrong image size": ([*COMPRESS, "--weights", "teacher/model.safetensors", "--input-size", "0"], ["0"]),
+    "wrong image size": ([*COMPRESS, "--weights", "teacher/model.safetensors", "--input-size", "0"], ["side is 0"]),
 }
 
 
@@ -486,6 +544,11 @@ def test_a_folder_of_somebody_else_is_never_replaced(spoilt):
     before = snapshot(spoilt)
     assert "bad/mine" in error_of(here(*TEACHER, "--out", "bad/mine", "--overwrite", cwd=spoilt))
     assert "thesis.txt" in error_of(here(*TEACHER, "--out", "bad/mine/thesis.txt", "--overwrite", cwd=spoilt))
+    assert snapshot(spoilt) == before
+    for name, text in (("metrics.json", '{"loss": 1}'), ("plan.json", "[]")):  # names that others use too
+        (spoilt / "bad/mine" / name).write_text(text)
+    before = snapshot(spoilt)
+    assert "bad/mine" in error_of(here(*TEACHER, "--out", "bad/mine", "--overwrite", cwd=spoilt))
     assert snapshot(spoilt) == before
 
 

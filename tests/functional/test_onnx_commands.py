@@ -2,6 +2,7 @@
 
 import json
 import re
+from inspect import signature
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from command_line import accuracy_in, error_of, figures, here, shell, snapshot, works
 
+from dk2pnet.pipelines.compress_onnx import compress_onnx
 from graphs import drop_initializer, needs_onnx_tuning, save, small, value, weights
 
 WRITTEN = {"plan.json", "model.onnx", "metrics.json", "report.html", "recipe.yaml"}
@@ -72,6 +74,7 @@ def test_its_recipe_repeats_the_run(place):
     recipes = [yaml.safe_load((place / name / "recipe.yaml").read_text()) for name in ("one", "two")]
     assert recipes[0] == recipes[1]
     assert recipes[0]["criterion"] == "response"
+    assert recipes[0].keys() == signature(compress_onnx).parameters.keys() - {"out", "overwrite", "command", "progress"}
     plans = [json.loads((place / name / "plan.json").read_text()) for name in ("one", "two")]
     for plan in plans:
         for layer in plan["layers"]:

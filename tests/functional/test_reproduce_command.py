@@ -61,7 +61,9 @@ def test_killed_and_repeated_it_ends_as_if_nothing_had_happened(place):
     command = [*QUICK, "--method", "kd", "--checkpoint-every", 0, "--out", "shaken"]
     process = start(*command, cwd=place)
     assert kill_when(process, lambda: any((place / "shaken").glob("kd-0.unfinished/checkpoints/step-*.safetensors")))
-    works(here, *command, cwd=place)
+    assert not (place / "shaken/kd-0").exists()
+    answer = works(here, *command, cwd=place)
+    assert "going on from" in answer.err
     shaken, calm = (figures(place / name / "kd-0")["network"] for name in ("shaken", "quick"))
     assert shaken == calm
     assert not list((place / "shaken").glob("*.unfinished"))

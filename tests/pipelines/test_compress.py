@@ -11,12 +11,12 @@ from torch import nn
 import dk2pnet
 from dk2pnet import InputError, compress, load_student, save_student
 from dk2pnet.convert import find_convolutions
-from dk2pnet.deploy import costs
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import divergence, macs, outputs_of, parameters, predict
 from dk2pnet.nets import lenet
+from dk2pnet.pipelines import closed_form, decomposition, folders
 from dk2pnet.pipelines import compress as pipeline
-from dk2pnet.pipelines import folders
+from dk2pnet.plan import Plan
 
 
 def net(seed=0, norm=True, bias=False, classes=4):
@@ -51,17 +51,6 @@ ONE = X[0][:1]
 
 def dk_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, DKConv2d)}
-
-
-@pytest.fixture
-def no_timing(monkeypatch):
-    from dk2pnet.deploy.latency import Latency
-
-    def still(networks, *_, **__):
-        return {name: Latency(1.0, 0.9, 1.1, 3) for name in networks}
-
-    monkeypatch.setattr(pipeline, "compare_latency", still)
-    monkeypatch.setattr(costs, "compare_latency", still)
 
 
 # -- what it leaves alone ----------------------------------------------------------------------------------------------
@@ -372,8 +361,35 @@ def test_decisions_are_recorded():
 
 
 def test_seed_and_images_decide_alone():
-    a, b = (compress(net(), "macs=0.6", "loss", X, epochs=1, seed=3).model.state_dict() for _ in range(2))
+    def student(seed):
+        torch.rand(1)  # the state of the generator that all share is another each time
+        return compress(net(), "macs=0.6", "loss", X, epochs=1, seed=seed).model.state_dict()
+
+    a, b, other = student(3), student(3), student(4)
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], other[name]) for name in a)
+
+
+def test_large_layers_are_solved_one_at_a_time_and_alike(monkeypatch):
+    together = compress(net(), "macs=0.6", "loss", X, tune=0, rebuild=False).model
+    monkeypatch.setattr(decomposition, "_LARGE", 0)
+    one_by_one = compress(net(), "macs=0.6", "loss", X, tune=0, rebuild=False).model
+    assert dk_layers(one_by_one).keys() == dk_layers(together).keys()
+    torch.testing.assert_close(one_by_one(X[0]), together(X[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("memory", "wanted"), [(2.0, 32), (1e-6, 8)])
+def test_the_reconstruction_of_large_maps_takes_fewer_images(monkeypatch, memory, wanted):
+    seen, real = [], closed_form.reconstruct
+
+    def watched(*args, images, **options):
+        seen.append((images, sum(len(x) for x, _ in args[4])))
+        return real(*args, images=images, **options)
+
+    monkeypatch.setattr(closed_form, "reconstruct", watched)
+    monkeypatch.setattr(closed_form, "_RECONSTRUCTION_IMAGES", 8)
+    compress(net(), "macs=0.6", "response", X, tune=0, memory=memory)
+    assert seen == [(wanted, wanted)]
 
 
 # -- modules and weights used more than once ---------------------------------------------------------------------------
@@ -679,6 +695,21 @@ def test_what_is_written_is_what_was_measured(tmp_path, no_timing):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_wrong_export_is_refused(tmp_path, no_timing, monkeypatch):
+    real = folders.export_onnx
+
+    def wrong(model, *args, **options):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model[-1].bias += 1
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(folders, "export_onnx", wrong)
+    with pytest.raises(InputError, match=r"was exported, but .*differ"):
+        compress(net(), "macs=0.6", "weight", example_input=ONE, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("step", ["export_onnx", "save_student", "write_json", "write_page"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_full_disk_leaves_nothing(tmp_path, no_timing, monkeypatch, step, existing):
@@ -701,7 +732,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, no_timing, monkeypatch, step, exis
 def test_a_rename_that_fails_keeps_the_earlier_run(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "plan.json").write_text("the earlier run")
+    earlier = Plan().to_json()
+    (out / "plan.json").write_text(earlier)
     real, calls = folders.os.replace, []
 
     def replace(source, target):
@@ -713,7 +745,7 @@ def test_a_rename_that_fails_keeps_the_earlier_run(tmp_path, monkeypatch):
     monkeypatch.setattr(folders.os, "replace", replace)
     with pytest.raises(InputError, match="disk is full"), folders.new_folder(out, True) as folder:
         (folder / "plan.json").write_text("the new run")
-    assert (out / "plan.json").read_text() == "the earlier run"
+    assert (out / "plan.json").read_text() == earlier
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import onnx
 import pytest
@@ -13,16 +11,9 @@ from dk2pnet.pipelines import compress_onnx as pipeline
 from dk2pnet.pipelines.feeds import array_feeds, example_feed
 from graphs import model, node, save, small, tensor, value, weights
 
+pytestmark = pytest.mark.usefixtures("quick_timing")
+
 INPUTS = [value("x", "n", 3, "h", "w")]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """Latencies are measured for a moment only; the cache is not the user's."""
-    monkeypatch.setenv("DK2PNET_CACHE", str(tmp_path / "cache"))
-    for room in ("dk2pnet.deploy.costs", "dk2pnet.pipelines.compress_onnx", "dk2pnet.pipelines.speed"):
-        of_room = functools.partial(pipeline.compare_latency, seconds=0.01, rounds_min=2)
-        monkeypatch.setattr(f"{room}.compare_latency", of_room)
 
 
 def rank_one(made, name="w2"):

@@ -8,9 +8,9 @@ from torch import nn
 from dk2pnet import InputError, compress, explore
 from dk2pnet.data import ImageData, Normalization, part_of_split
 from dk2pnet.estimates import estimate
-from dk2pnet.measure import predict
+from dk2pnet.measure import accuracy, predict
 from dk2pnet.pipelines.explore import compress_command, default_budgets, knee
-from dk2pnet.pipelines.images import named_images
+from dk2pnet.pipelines.images import Part, named_images
 from dk2pnet.pipelines.inputs import Network
 from toys import toy
 
@@ -207,16 +207,7 @@ def test_the_command_of_a_point_makes_its_network():
     assert "auto" not in compress_command(options | {"precision": "auto", "device": "auto"}, "macs=0.3")
 
 
-def test_explore_shows_what_compress_gives(monkeypatch):
-    from dk2pnet.deploy import costs
-    from dk2pnet.deploy.latency import Latency
-    from dk2pnet.pipelines import explore as pipeline
-
-    def still(networks, *_, **__):
-        return {name: Latency(1.0, 0.9, 1.1, 3) for name in networks}
-
-    monkeypatch.setattr(pipeline, "compare_latency", still)
-    monkeypatch.setattr(costs, "compare_latency", still)
+def test_explore_shows_what_compress_gives(no_timing):
     gathered = []
     found = explore(
         net(),
@@ -229,6 +220,7 @@ def test_explore_shows_what_compress_gives(monkeypatch):
     )
     assert sum(gathered) == len(X)  # one pass over the images for all budgets
     assert found["measure"] == "accuracy"
+    assert found["teacher"]["value"] == pytest.approx(accuracy(predict(net(), MORE)))
     assert [point["budget"] for point in found["points"]] == ["macs=0.9", "macs=0.6"]
     for point in found["points"]:
         same = compress(net(), point["budget"], "loss", X, tune=10)
@@ -236,6 +228,7 @@ def test_explore_shows_what_compress_gives(monkeypatch):
         assert point["parameters"] == same.plan.parameters
         best = point["tuned"] or point["closed form"]
         assert best["loss"] == estimate("drop", predict(net(), MORE), predict(same.model, MORE)).to_dict()
+        assert best["value"] == pytest.approx(accuracy(predict(same.model, MORE)))
         assert [layer["counts"] for layer in point["layers"]] == [layer.counts for layer in same.plan.layers]
 
 
@@ -246,16 +239,7 @@ def test_what_was_refused_does_not_stand_in_the_way(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_explore_chooses_its_budgets_and_goes_on_with_them(tmp_path, monkeypatch):
-    from dk2pnet.deploy import costs
-    from dk2pnet.deploy.latency import Latency
-    from dk2pnet.pipelines import explore as pipeline
-
-    def still(networks, *_, **__):
-        return {name: Latency(1.0, 0.9, 1.1, 3) for name in networks}
-
-    monkeypatch.setattr(pipeline, "compare_latency", still)
-    monkeypatch.setattr(costs, "compare_latency", still)
+def test_explore_chooses_its_budgets_and_goes_on_with_them(tmp_path, no_timing, monkeypatch):
     whole = explore(net(), X, "response", points=3, tune=0)
     assert whole["measure"] == "agreement with the teacher"
     shares = [float(point["budget"].partition("=")[2]) for point in whole["points"]]
@@ -272,7 +256,7 @@ def test_explore_chooses_its_budgets_and_goes_on_with_them(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         explore(net(), X, "response", points=3, tune=0, out=tmp_path / "out", progress=killed)
     assert (tmp_path / "out.unfinished/budgets.json").is_file()
-    monkeypatch.setattr(pipeline, "default_budgets", None)  # they are known by now
+    monkeypatch.setattr("dk2pnet.pipelines.explore.default_budgets", None)  # they are known by now
     found = explore(net(), X, "response", points=3, tune=0, out=tmp_path / "out")
     assert [point["closed form"] for point in found["points"]] == [point["closed form"] for point in whole["points"]]
     assert not (tmp_path / "out.unfinished").exists()
@@ -306,3 +290,10 @@ def test_other_images_calibrate_and_the_own_ones_report():
     assert count(images.gather) + count(images.held_out) == 50
     assert count(images.decide) == 20
     assert images.tune.labels is None
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 10), (3, 4), (3, 9), (5, 5), (8, 10), (0, 3)])
+def test_a_part_of_batches_is_those_images(start, stop):
+    x = torch.arange(10)[:, None]
+    found = [a for a, _ in Part(list(zip(x.split(3), x.split(3), strict=True)), start, stop)]
+    assert torch.cat([*found, x[:0]]).equal(x[start:stop])

@@ -51,6 +51,17 @@ def test_a_run_with_another_seed_is_refused_and_named(cut):
         call(cut, {"seed": 1, "threads": 1, "checkpoint_every": 0}, lambda *any: None)
 
 
+def test_a_failed_export_does_not_cost_the_training(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise InputError("such a layer is not known")
+
+    monkeypatch.setattr(pipeline, "write_onnx", refuse)
+    train_network("lenet", "digits", tmp_path / "out", options=replace(OPTIONS, epochs=1), images=100)
+    assert (tmp_path / "out/model.safetensors").is_file()
+    assert not (tmp_path / "out/model.onnx").exists()
+    assert "no model.onnx was written: such a layer is not known" in caplog.text
+
+
 def test_fewer_images_are_spread_over_all_classes(tmp_path, monkeypatch):
     """Rows of a folder lie class by class; the first so many would leave the last classes out."""
     pixels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)

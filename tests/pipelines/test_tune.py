@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -13,12 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dk2pnet import InputError, compress
 from dk2pnet.calibration.statistics import reestimate_batch_norm
-from dk2pnet.deploy import costs
-from dk2pnet.deploy.latency import Latency
-from dk2pnet.measure import divergence, macs, predict
+from dk2pnet.measure import Predictions, divergence, macs, predict
 from dk2pnet.models import make_network
-from dk2pnet.pipelines import compress as pipeline
-from dk2pnet.pipelines import tune
+from dk2pnet.pipelines import fit, tune
 from dk2pnet.pipelines.images import user_images
 from dk2pnet.pipelines.tune import AUTOMATIC_MACS, tuning_of
 from dk2pnet.training import trainer
@@ -41,15 +39,6 @@ def trained():
 
 def net():
     return copy.deepcopy(trained())
-
-
-@pytest.fixture
-def no_timing(monkeypatch):
-    def still(networks, *_, **__):
-        return {name: Latency(1.0, 0.9, 1.1, 3) for name in networks}
-
-    monkeypatch.setattr(pipeline, "compare_latency", still)
-    monkeypatch.setattr(costs, "compare_latency", still)
 
 
 def counts(calibration=160, held=40):
@@ -150,8 +139,8 @@ def test_given_with_epochs_it_comes_first():
 def test_what_makes_it_worse_is_not_kept(monkeypatch):
     spoil = tune.Tuner._train
 
-    def worse(self, student, solved, steps, folder):
-        spoil(self, student, solved, 1, folder)
+    def worse(self, student, solved, steps, folder, rate):
+        spoil(self, student, solved, 1, folder, rate)
         with torch.no_grad():
             student[-1].weight.mul_(-1)
 
@@ -184,8 +173,8 @@ def test_images_all_alike_are_warned_of(caplog):
 
 def test_batches_too_small_for_statistics_freeze_batch_norm(monkeypatch):
     seen = []
-    fit = tune.fit
-    monkeypatch.setattr(tune, "fit", lambda m, d, options, **more: seen.append(options) or fit(m, d, options, **more))
+    real = tune.fit
+    monkeypatch.setattr(tune, "fit", lambda m, d, options, **more: seen.append(options) or real(m, d, options, **more))
     compress(net(), "kernels=1", "loss", [x for x, _ in toy(16, 8)], tune=2)
     compress(net(), "kernels=1", "weight", X, tune=2)
     assert [options.batch_norm for options in seen] == ["frozen", "training"]
@@ -195,8 +184,8 @@ def test_batches_too_small_for_statistics_freeze_batch_norm(monkeypatch):
 def test_dropout_is_off_while_tuning_and_back_afterwards(monkeypatch):
     model = nn.Sequential(*net()[:-1], nn.Dropout(0.5), net()[-1]).eval()
     rates = []
-    fit = tune.fit
-    monkeypatch.setattr(tune, "fit", lambda m, *rest, **more: rates.append(m[-2].p) or fit(m, *rest, **more))
+    real = tune.fit
+    monkeypatch.setattr(tune, "fit", lambda m, *rest, **more: rates.append(m[-2].p) or real(m, *rest, **more))
     student = compress(model, "kernels=1", "weight", X, tune=3).model
     assert rates == [0.0]
     assert student[-2].p == 0.5
@@ -218,10 +207,22 @@ def test_the_model_given_is_not_changed_by_tuning():
 
 
 @pytest.mark.parametrize(("criterion", "most"), [("weight", 0.5), ("response", 1.5), ("loss", 1.5)])
-def test_every_criterion_can_be_tuned(criterion, most):
+def test_every_criterion_can_be_tuned(criterion, most, monkeypatch):
     """By the images' moments little is left to gain here, and nothing may be spoilt."""
+    hints, train = [], fit.train
+
+    def watched(*args, progress, **options):
+        def seen(step, total, terms):
+            hints.append(terms["hints"])
+            progress(step, total, terms)
+
+        return train(*args, progress=seen, **options)
+
+    monkeypatch.setattr(fit, "train", watched)
     decision = decision_of(compress(net(), "kernels=1", criterion, X, tune=40))
     assert decision["after"] < most * decision["before"]
+    assert decision["after"] != decision["before"]
+    assert hints[-1] < hints[0]
 
 
 def test_where_tuning_is_not_kept_the_reconstruction_is_tried():
@@ -233,6 +234,25 @@ def test_where_tuning_is_not_kept_the_reconstruction_is_tried():
     assert names(found) == ["teacher", "closed form"]
 
 
+@pytest.mark.parametrize(
+    ("error", "batch", "given", "wanted"),
+    [
+        (0.3, 32, None, 0.01),
+        (0.4, 32, None, 0.03),
+        (float("inf"), 32, None, 0.03),
+        (0.4, 8, None, 0.01),  # batch norm is frozen
+        (0.4, 32, replace(tune.OPTIONS, learning_rate=0.002), 0.002),
+    ],
+)
+def test_the_rate_is_higher_where_the_start_is_far(error, batch, given, wanted):
+    wide = [part for x in X for part in x.split(batch)]
+    teacher, images = net(), user_images(wide, None, 160)
+    answers = predict(teacher, images.held_out)
+    tuner = tune.Tuner(teacher, answers, images, example=X[0][:1], options=given)
+    off = Predictions([output * (1 + math.sqrt(error)) for output in answers.outputs], None)
+    assert tuner.rate_for(off) == wanted
+
+
 # -- times, and going on -----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +261,28 @@ def test_a_time_becomes_a_number_of_steps_that_the_recipe_tells(tmp_path, no_tim
     steps = found.metrics["tuning_steps"]
     assert steps >= 1
     assert f"tune: {steps}\n" in (tmp_path / "out/recipe.yaml").read_text()
+
+
+def test_a_time_is_divided_by_that_of_a_step_and_a_killed_run_keeps_its_number(tmp_path, no_timing, monkeypatch):
+    now, pace, begun = [0.0], [0.25], []
+
+    def train(self, student, solved, steps, folder, rate):
+        begun.append(steps)
+        for number in range(steps):
+            now[0] += pace[0]
+            self.progress("tuning", number + 1, steps)
+        if folder is not None and len(begun) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune.Tuner, "_train", train)
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
+    options = {"tune": "2s", "out": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        compress(net(), "kernels=1", "weight", X, **options)
+    assert begun[-1] == 8
+    pace[0] = 0.5
+    assert compress(net(), "kernels=1", "weight", X, **options).metrics["tuning_steps"] == 8
+    assert begun[2:] == [8]  # no second look at the clock
 
 
 def test_a_time_under_one_step_is_refused(monkeypatch):
@@ -255,11 +297,11 @@ def test_what_another_network_or_other_images_left_is_not_gone_on_with(tmp_path,
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    fit = tune.fit
+    real = tune.fit
     monkeypatch.setattr(tune, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
         compress(net(), "kernels=1", "weight", X, tune=5, out=tmp_path / "out")
-    monkeypatch.setattr(tune, "fit", fit)
+    monkeypatch.setattr(tune, "fit", real)
     other = net()
     with torch.no_grad():
         other[0].weight.mul_(1 if changed == "images" else 2)
@@ -280,11 +322,11 @@ def test_a_loader_that_shuffles_is_warned_of(shuffle, caplog):
 def test_batch_norm_is_frozen_where_the_users_batches_are_small(monkeypatch):
     """One image of 1 x 1 has no statistics at all."""
     seen = []
-    fit = tune.fit
+    real = tune.fit
 
     def watched(model, data, options, **more):
         seen.append(options.batch_norm)
-        return fit(model, data, options, **more)
+        return real(model, data, options, **more)
 
     monkeypatch.setattr(tune, "fit", watched)
     for size in (1, 32):
@@ -294,8 +336,14 @@ def test_batch_norm_is_frozen_where_the_users_batches_are_small(monkeypatch):
 
 def test_a_killed_tuning_goes_on_with_the_same_bits(tmp_path, no_timing, monkeypatch):
     options = {"tune": 20, "checkpoint_every": 0.0}
-    whole = compress(net(), "kernels=1", "weight", X, **options, out=tmp_path / "whole")
-    fit, moments = tune.fit, []
+    solved: list[str] = []
+
+    def watch(what, *_):
+        solved.extend([what] * what.startswith("solving"))
+
+    whole = compress(net(), "kernels=1", "weight", X, **options, out=tmp_path / "whole", progress=watch)
+    assert solved
+    real = tune.fit
 
     def killed(*args, progress, **more):
         def stop(what, done, total):
@@ -303,23 +351,16 @@ def test_a_killed_tuning_goes_on_with_the_same_bits(tmp_path, no_timing, monkeyp
             if done == 11:
                 raise KeyboardInterrupt
 
-        return fit(*args, progress=stop, **more)
+        return real(*args, progress=stop, **more)
 
     monkeypatch.setattr(tune, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
         compress(net(), "kernels=1", "weight", X, **options, out=tmp_path / "cut")
     assert any((tmp_path / "cut.unfinished").rglob("step-*.safetensors"))
-    monkeypatch.setattr(tune, "fit", fit)
-    again = compress(
-        net(),
-        "kernels=1",
-        "weight",
-        X,
-        **options,
-        out=tmp_path / "cut",
-        progress=lambda what, *_: moments.append(what.startswith("moments")),
-    )
-    assert not any(moments)
+    monkeypatch.setattr(tune, "fit", real)
+    solved.clear()
+    again = compress(net(), "kernels=1", "weight", X, **options, out=tmp_path / "cut", progress=watch)
+    assert not solved  # the closed form is not made again
     assert all(torch.equal(value, again.model.state_dict()[n]) for n, value in whole.model.state_dict().items())
     assert (tmp_path / "cut/tuning.jsonl").exists()
     assert not (tmp_path / "cut.unfinished").exists()

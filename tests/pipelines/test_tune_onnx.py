@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 
 import numpy as np
@@ -16,14 +15,7 @@ from dk2pnet.pipelines import compress_onnx as pipeline
 from dk2pnet.pipelines.tune_onnx import rate_for
 from graphs import needs_onnx_tuning, node, save, small, tensor, weights
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """Latencies are measured for a moment only; the cache is not the user's."""
-    monkeypatch.setenv("DK2PNET_CACHE", str(tmp_path / "cache"))
-    for room in ("dk2pnet.deploy.costs", "dk2pnet.pipelines.compress_onnx", "dk2pnet.pipelines.speed"):
-        of_room = functools.partial(pipeline.compare_latency, seconds=0.01, rounds_min=2)
-        monkeypatch.setattr(f"{room}.compare_latency", of_room)
+pytestmark = pytest.mark.usefixtures("quick_timing")
 
 
 def smooth(count=160, seed=0):

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from dk2pnet.report import comparison_rows, format_count, layer_rows, markdown_table, rich_table, write_page
+from dk2pnet.report.curve import CURVE_HEADER, curve_rows
 
 HOSTILE = '<script src="http://evil.example/x.js">alert("$1$")</script> id="a'
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -216,3 +217,24 @@ def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk"):
         write_page(example(layers=3), tmp_path / "report.html")
     assert [(p.name, p.read_text("utf-8")) for p in tmp_path.iterdir()] == [("report.html", text)]
+
+
+@pytest.mark.parametrize(
+    ("measure", "teacher", "value", "interval"),
+    [
+        ("accuracy", 92.0, "90.00 %", "89.00 to 91.50"),
+        ("agreement with the teacher", 100.0, "90.00 %", "97.00 to 99.50"),
+        ("error of the outputs", 0.0, "90.0000", "0.5000 to 3.0000"),
+    ],
+)
+def test_the_interval_of_a_point_of_the_curve_is_that_of_its_loss(measure, teacher, value, interval):
+    shares = {"macs_kept": 0.5, "parameters_kept": 0.25, "latency": None}
+    point = {
+        "budget": "macs=0.5",
+        **shares,
+        "tuned": None,
+        "closed form": {"value": 90.0, "loss": {"low": 0.5, "high": 3}},
+    }
+    rows = curve_rows({"measure": measure, "teacher": {"value": teacher}, "points": [point], "knee": "macs=0.5"})
+    assert len(CURVE_HEADER) == len(rows[1])
+    assert rows[1] == ("macs=0.5", "0.50", "0.25", "–", value, "–", interval, "knee")

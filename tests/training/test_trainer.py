@@ -64,6 +64,18 @@ def test_the_first_step_is_nesterov_with_decay_of_weights_only():
     torch.testing.assert_close(model[1].bias.detach(), bias - 0.1 * 1.9 * grads[1])
 
 
+def test_gradients_of_a_norm_above_five_are_scaled_to_it():
+    options = TrainingOptions(epochs=1, learning_rate=0.1, weight_decay=0.0, precision="fp32")
+    model, (x, y) = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), toy()[0]
+    x = 100 * x
+    before = model[1].weight.detach().clone()
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    norm = sum(grad.square().sum() for grad in grads).sqrt()
+    assert norm > 10
+    train(model, lambda epoch: [(x, y)], options, example=ONE, steps_per_epoch=1)
+    torch.testing.assert_close(model[1].weight.detach(), before - 0.1 * 1.9 * grads[0] * 5 / norm)
+
+
 @pytest.mark.parametrize("labels", [True, False])
 def test_a_student_comes_closer_to_its_teacher(trained, labels):
     student = student_of(trained, 1)
@@ -178,12 +190,13 @@ def test_hints_are_found_in_every_network_of_ours(name, method):
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.hint is not None])
 def test_hints_alone_reach_the_layers_below_them(trained, method):
-    """Without labels, and with the teacher's answers weighing next to nothing against them."""
+    """Without labels, the teacher's answers and decay: what lies behind the hint has nothing to learn from."""
     student = student_of(trained, 1)
     before = {name: value.clone() for name, value in student.named_parameters()}
-    options = replace(OPTIONS, method=method, beta=1e6, epochs=2, hints=("2",))
+    options = replace(OPTIONS, method=method, beta=1.0, epochs=4, hints=("2",), distill=0.0, weight_decay=0.0)
     run(student, toy(labels=False)[:1], options, teacher=trained)
     assert not torch.equal(student[0].weight, before["0.weight"])
+    assert torch.equal(student[-1].weight, before[f"{len(student) - 1}.weight"])
 
 
 # -- probes and regressors ---------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ class ClosedForm:
         """Select, solve, replace and correct.
 
         With `whiten`, for a student that is going to be tuned: also the whitenings of all DK layers, and no
-        reconstruction, which takes most of the time and from which tuning starts no better (docs/results.md).
+        reconstruction, which takes most of the time; whether tuning starts better from it is not measured.
         """
         search: list[dict[str, float]] = []
         forms: dict[str, str] = {}

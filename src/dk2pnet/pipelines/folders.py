@@ -41,8 +41,7 @@ def check_out(out: str | Path | None, overwrite: bool) -> None:
     path = Path(out)
     if path.exists() and not overwrite:
         raise InputError(f"{out} exists; give another --out, or --overwrite to replace it")
-    ours = any((path / name).is_file() for name in ("plan.json", "metrics.json"))
-    if path.exists() and not (path.is_dir() and (ours or not any(path.iterdir()))):
+    if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
         raise InputError(f"{out} is not a folder that dk2pnet wrote, so it is not replaced; give another --out")
     if path.is_symlink() and not path.exists():
         raise InputError(f"{out} is a link to what does not exist; give another --out")
@@ -50,6 +49,21 @@ def check_out(out: str | Path | None, overwrite: bool) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         reason = "which cannot be written to" if place.is_dir() else "which is no folder"
         raise InputError(f"{out} would lie in {place}, {reason}; give another --out")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a command of ours wrote the folder: others have a metrics.json too."""
+    for name, keys in (("metrics.json", ("run", "versions", "dk2pnet")), ("plan.json", ("format", "layers"))):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            at = found
+            for key in keys if name == "metrics.json" else ():
+                at = at[key]
+            if name == "metrics.json" or all(key in found for key in keys):
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False
 
 
 @contextmanager

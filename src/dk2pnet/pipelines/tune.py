@@ -23,7 +23,7 @@ from dk2pnet.calibration.statistics import has_batch_norm
 from dk2pnet.convert import copy_model
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.errors import InputError, Refused
-from dk2pnet.measure import Predictions, divergence, predict
+from dk2pnet.measure import Predictions, divergence, predict, squared_error
 from dk2pnet.pipelines.closed_form import Solved, keep_better, measure_of, renormalized
 from dk2pnet.pipelines.feeds import Feeds
 from dk2pnet.pipelines.fit import fit
@@ -45,10 +45,12 @@ _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
-# The hints are chosen by agreement on unused training images (docs/results.md); rate and form are the prototype's.
+# Hints and rates are chosen by agreement on unused training images (docs/results.md); the form is the prototype's.
 OPTIONS = TrainingOptions(
     optimizer="adam", learning_rate=1e-2, warmup=10, method="euclidean", distill=0.0, batch_norm="training"
 )
+# A start whose outputs are off by more than this (relative squared error) has a longer way to go, in larger steps.
+_FAR, _FAR_RATE = 1 / 3, 3e-2
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +118,8 @@ def _parse(tune: str | int) -> Tuning:
 class Tuner:
     """Tunes students of one teacher on the same images, in the same way.
 
-    `normalization`, `augment`: of the images of a data set (None where they are a user's own batches).
+    `normalization`, `augment`: of the images of a data set (None where they are a user's own batches). `options`: None
+    for `OPTIONS` at a learning rate by how far from the teacher a student starts.
     """
 
     def __init__(
@@ -132,13 +135,14 @@ class Tuner:
         precision: str = "auto",
         seed: int = 0,
         checkpoint_every: float = 60.0,
-        options: TrainingOptions = OPTIONS,
+        options: TrainingOptions | None = None,
         whitened: bool = True,
         progress: Progress = silent,
     ) -> None:
         self.teacher, self.teacher_held, self.images, self.example = teacher, teacher_held, images, example
         self.name, self.normalization, self.augment, self.progress = name, normalization, augment, progress
-        self.whitened = whitened
+        self.whitened, self.rate_by_start = whitened, options is None
+        options = options or OPTIONS
         count = images.counts["calibration"]
         batch = min(options.batch_size if max(example.shape[2:]) <= 64 else 32, count)
         changes: dict[str, Any] = {"batch_size": batch, "precision": precision, "seed": seed}
@@ -156,12 +160,12 @@ class Tuner:
         What was decided is added to ``solved.decisions``. `folder` is for checkpoints and the log.
         """
         device, held = self.example.device, self.images.held_out
-        tuned = copy_model(solved.student)
+        tuned, start = copy_model(solved.student), predict(solved.student, held, device)
         try:
-            self._train(tuned, solved, steps, folder)
+            self._train(tuned, solved, steps, folder, self.rate_for(start))
         except NotFinite as error:
             _log.warning("tuning was given up, the closed form is kept: %s", error)
-            before = divergence(self.teacher_held, predict(solved.student, held, device))
+            before = divergence(self.teacher_held, start)
             decision = {"what": "tuning (given up)", "before": before, "after": None, "kept": False}
             solved.decisions.append(decision | {"measure": measure_of(self.teacher_held)})
             return None
@@ -171,6 +175,16 @@ class Tuner:
         kept = keep_better("tuning", solved.student, tuned, self.teacher_held, held, device, solved.decisions)
         return tuned if kept is tuned else None
 
+    def rate_for(self, start: Predictions) -> float:
+        """The learning rate for a student that answers the held-out images so.
+
+        The higher one is for batch norm in training mode only: frozen it made things worse (docs/results.md).
+        """
+        usual = self.options.learning_rate
+        if not self.rate_by_start or self.options.batch_norm == "frozen":
+            return usual
+        return _FAR_RATE if squared_error(self.teacher_held, start) > _FAR else usual
+
     def steps_in(self, seconds: float, solved: Solved, folder: Path | None = None) -> int:
         """How many steps take so long here. Measured once: `folder` keeps the answer for a run that goes on."""
         path = folder / "steps.json" if folder is not None else None
@@ -179,7 +193,7 @@ class Tuner:
         times: list[float] = []
         quiet, self.progress = self.progress, lambda what, done, total: times.append(time.perf_counter())
         try:
-            self._train(copy_model(solved.student), solved, _WARM + _TIMED, None)
+            self._train(copy_model(solved.student), solved, _WARM + _TIMED, None, self.options.learning_rate)
         finally:
             self.progress = quiet
         each = statistics.median(b - a for a, b in zip(times[_WARM - 1 :], times[_WARM:], strict=False))
@@ -195,8 +209,8 @@ class Tuner:
             write_json(path, {"steps": steps})
         return steps
 
-    def _train(self, student: nn.Module, solved: Solved, steps: int, folder: Path | None) -> None:
-        options = replace(self.options, steps=steps)
+    def _train(self, student: nn.Module, solved: Solved, steps: int, folder: Path | None, rate: float) -> None:
+        options = replace(self.options, steps=steps, learning_rate=rate)
         if options.method != "kd" and not options.hints and not find_pairs(student, self.teacher, self.example):
             options = replace(options, method="kd", distill=1.0)  # no feature maps: the outputs alone teach
         with _without_dropout(student):
