@@ -47,7 +47,8 @@ def main() -> None:
         "compress": seconds[0],
         "explore": seconds[1],
         "ratio": totals[1] / totals[0],
-        "ratio_without_reconstruction": totals[1] / (totals[0] - seconds[0]["reconstruct"]),
+        "ratio_without_reconstruction": (totals[1] - seconds[1]["reconstruct"])
+        / (totals[0] - seconds[0]["reconstruct"]),
         "compress_total": totals[0],
         "explore_total": totals[1],
     }

@@ -19,7 +19,7 @@ from demo import HEADER as demo_header
 from demo import table_rows as demo_rows
 from dk2pnet.measure import parameters
 from dk2pnet.models import make_network
-from dk2pnet.pipelines.reproduce import SETUPS
+from dk2pnet.pipelines.reproduce import OTHER, SETUPS
 from dk2pnet.report.curve import CURVE_HEADER, curve_rows
 from dk2pnet.report.reproduction import (
     REPRODUCTION_HEADER,
@@ -637,7 +637,7 @@ def explored_times(model: str) -> Callable[[], str]:
 def setups() -> str:
     """Not from JSON but from the settings that the command itself uses."""
     rows = []
-    for data, setup in SETUPS.items():
+    for data, setup in {**SETUPS, "any other (here 10 classes)": OTHER}.items():
         shape = {"num_classes": 100 if data == "cifar100" else 10, "in_channels": 1 if data in GREY else 3}
         cells = [
             f"`{name}` ({format_count(parameters(make_network(name, **shape)))})"

@@ -158,7 +158,8 @@ def with_plain_layers(model: nn.Module, forms: Mapping[str, str] | None = None) 
 def plain_model(model: nn.Module, forms: Mapping[str, str] | None = None) -> nn.Module:
     """A copy of `model` on the CPU, in evaluation mode, that computes the same with plain PyTorch layers only.
 
-    Example: ``plain_model(result.model, result.plan.forms)`` is what ``--target pytorch`` timed.
+    Example: ``plain_model(result.model, result.plan.forms)`` is what ``--target pytorch`` timed, of a run that wrote a
+    folder (without one there are forms for a latency budget only).
     """
     return with_plain_layers(copy_model(model).cpu().eval(), forms)
 

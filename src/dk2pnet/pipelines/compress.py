@@ -126,16 +126,21 @@ def compress(
     target : where the student will run and where time is measured, see `deploy.latency.TARGETS`; None is
         ``onnxruntime``. With a budget in points, given, the smallest network is that of the least measured latency
     holdout, holdout_split : what decides on a budget in points: a folder of images (or batches), or a part of a split
-        such as ``test[:50%]``; None is the tenth of the training split that nothing else uses
+        such as ``test[:50%]``; None is the tenth of the training split that nothing else uses, or the held-out fifth
+        of a user's own batches
     int8, pt2 : also write model.int8.onnx (with a comparison in the report), or model.pt2 (a `torch.export` program)
     criterion : ``weight`` (needs no images), ``response`` (images) or ``loss`` (images and a classifier)
-    data : name of a data set, a folder, or a re-iterable of normalised batches ``x`` or ``(x, y)``, x (B, C, H, W)
+    data : name of a data set, a folder, or a re-iterable of normalised batches ``x`` or ``(x, y)``, x (B, C, H, W),
+        which has to give the same batches in every pass
+    data_dir : folder with local copies of data sets
+    input_size, classes : side of the images in pixels, number of classes, where the data does not say them
     weights : file with the weights of a named network, or "pretrained"
     normalize : of the images of a named data set: a preset or ``MEAN,.../STD,...``
     test_data : labelled batches for the report, where `data` are batches
     example_input : one normalised image ``(1, C, H, W)``; enough for ``weight`` without training
     keep, first : convolutions that stay dense (names or patterns); whether the first one may be decomposed
-    calibration_images : images of the training split, labels unused; a fifth of them only decides
+    calibration_images : images of the training split (of batches: the first so many), labels unused; a fifth of them
+        only decides
     calibration_data : a data set or folder of other images to calibrate and tune on, sized as `data` is, or where there
         is no `data`
     memory : GiB for the moments (and again for the activations of the reconstruction)
@@ -149,7 +154,14 @@ def compress(
         decomposition, 0 epochs for none; as in `TrainingOptions`
     out : folder to write; None writes nothing and measures no latency. While the training runs, checkpoints and logs
         lie in ``OUT.unfinished``; the same call goes on from there
+    seed, device, threads : of everything random; ``auto``, ``cpu``, ``cuda:0``; of PyTorch and ONNX Runtime
+    overwrite : replace an `out` that an earlier run wrote
     command : the command line, for the report
+    progress : called with what is done, how much of it, and how much there is
+
+    Returns the student in `Result.model`, its plan, and in `Result.metrics` what metrics.json holds: ``teacher`` and
+    ``student`` (accuracy and agreement in %, parameters, macs, onnx_bytes, latency_ms), ``stages``, ``layers``,
+    ``decisions``, ``latency_search``, ``tuning_steps``, ``notes``, ``run``; ``decided`` for a budget in points.
 
     Raises
     ------

@@ -76,10 +76,12 @@ def explore(
     Example::
 
         found = dk2pnet.explore("resnet32", "cifar10", weights="resnet32.th", normalize="cifar10")
-        found["knee"], [(point["budget"], point["tuned"]["value"]) for point in found["points"]]
+        found["knee"], [(p["budget"], (p["tuned"] or p["closed form"])["value"]) for p in found["points"]]
 
-    The figures are from images that decide on budgets in points in `compress`, never from the test split: accuracy
-    where they have labels, else agreement with the teacher, or the outputs' error of a network that is no classifier.
+    The figures are from images that decide on budgets in points in `compress`, and not from the test split unless
+    `holdout_split` names a part of it: accuracy where they have labels, else agreement with the teacher, or the
+    outputs' error of a network that is no classifier. Returns the content of metrics.json: measure, decided_by,
+    teacher, points (in which ``tuned`` is None where tuning was off or not kept), knee, tuning_steps, notes, run.
 
     Parameters
     ----------
@@ -89,6 +91,11 @@ def explore(
         after the last point that was done
 
     The other options are those of `compress`.
+
+    Raises
+    ------
+    InputError
+        One sentence that says what was given, what was expected and what to do.
     """
     asked = dict(locals())
     check_options(criterion, calibration_images, memory, augment)

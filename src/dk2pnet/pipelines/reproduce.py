@@ -26,7 +26,7 @@ from dk2pnet.report.reproduction import write_reproduction
 from dk2pnet.training.losses import DEFAULT_METHOD
 from dk2pnet.training.trainer import TrainingOptions
 
-__all__ = ["METHODS", "SETUPS", "Setup", "reproduce"]
+__all__ = ["METHODS", "OTHER", "SETUPS", "Setup", "reproduce"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ SETUPS = {
     "svhn_10k": Setup("dk2pnet-14x16", "resnet20", 60, 60),
     "digits": Setup("dk2pnet-8x8", "lenet", 20, 20, 0.05),
 }
-_OTHER = Setup("dk2pnet-20x32", "resnet20x4", 100, 100)
+OTHER = Setup("dk2pnet-20x32", "resnet20x4", 100, 100)
 _QUICK = Setup("dk2pnet-8x8", "lenet", 2, 2, 0.05)
 _QUICK_IMAGES = 3000  # of the training split
 
@@ -96,7 +96,7 @@ def reproduce(
     `out` gets ``teacher/``, ``METHOD-SEED/`` (OUT folders), ``results.json``, ``results.md`` and ``figure.svg``; a call
     with other methods or seeds adds to it, one with another setup is refused.
     """
-    setup = _QUICK if quick else SETUPS.get(data, _OTHER)
+    setup = _QUICK if quick else SETUPS.get(data, OTHER)
     chosen = list(methods) or list(METHODS)
     for name in chosen:
         if name not in METHODS:
