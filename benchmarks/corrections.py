@@ -27,11 +27,12 @@ from dk2pnet.calibration.statistics import reestimate_batch_norm
 from dk2pnet.calibration.surroundings import Surroundings, surroundings_of
 from dk2pnet.convert import copy_model, find_convolutions, replace_modules
 from dk2pnet.data import calibration_split, split_training
-from dk2pnet.decompose.select import Candidate, select
-from dk2pnet.decompose.solve import Factors, Problem, solve_many, spectrum
+from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import accuracy, divergence, macs, predict
+from dk2pnet.measure import accuracy, divergence, macs, parameters, predict
+from dk2pnet.pipelines.decomposition import energies_of, spend
 from dk2pnet.pipelines.inputs import environment, load_data, open_network
+from dk2pnet.plan import Budget
 
 RECONSTRUCTIONS = ("asymmetric, layer by layer", "… batch norm known", "… and the sum", "… and the ReLU")
 
@@ -52,11 +53,11 @@ def main() -> None:
     teacher = network.model.eval()
     example = norm.apply(training.subset([0]).images)
     sites = find_convolutions(teacher, example)
-    convs: dict[str, nn.Conv2d] = {s.name: s.module for s in sites if not s.reason}  # type: ignore[misc]
-    positions = {s.name: s.positions for s in sites}
-    total = macs(teacher, example)
+    opened = {site.name: site for site in sites if not site.reason}
+    convs: dict[str, nn.Conv2d] = {name: site.module for name, site in opened.items()}  # type: ignore[misc]
     wanted = predict(teacher, held_batches)
     moments = next(gather_moments(teacher, convs, gather_batches, gradients=True))
+    energies = {name: energies_of(site, moments, "loss") for name, site in opened.items()}  # type: ignore[arg-type]
     rows = []
 
     def add(budget: float, name: str, make: Callable[[], nn.Module]) -> None:
@@ -75,13 +76,8 @@ def main() -> None:
         write_results(f"corrections-{options.model}", result)
 
     for budget in options.budgets:
-        candidates = {}
-        for name, conv in convs.items():
-            cost = (conv.kernel_size[0] * conv.kernel_size[1] + conv.out_channels) * positions[name]
-            energies = spectrum(conv.weight, moments[name].A(), moments[name].B())
-            candidates[name] = Candidate(energies, cost, conv.weight.numel() * positions[name])
-        dense = sum(candidate.dense_cost for candidate in candidates.values())
-        counts = {k: v for k, v in select(candidates, budget * total - total + dense).items() if v is not None}
+        spent = spend(Budget("macs", budget), opened, energies, macs(teacher, example), parameters(teacher))
+        counts = {name: count for name, count in spent.items() if count is not None}
 
         def problems(centred: bool = False, counts: dict = counts) -> list[Problem]:
             return [Problem(convs[k].weight, v, moments[k].A(centred), moments[k].B()) for k, v in counts.items()]
