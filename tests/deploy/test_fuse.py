@@ -69,6 +69,22 @@ def test_a_shared_convolution_is_scaled_for_one_of_its_norms_only(tmp_path):
     assert check_onnx(tmp_path / "net.onnx", net, [x]) < 1e-5
 
 
+def test_a_sum_of_two_convolutions_with_biases_before_one_norm(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), norm(4)
+
+        def forward(self, x):
+            return self.norm(self.a(x) + self.b(x)).relu()
+
+    net = Two().eval()
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    export_onnx(net, x, tmp_path / "net.onnx")
+    assert check_onnx(tmp_path / "net.onnx", net, [x]) < 1e-5
+
+
 def test_nothing_to_fold_changes_nothing(tmp_path):
     export_onnx(nn.Sequential(norm(3), nn.Conv2d(3, 4, 3)).eval(), torch.randn(1, 3, 6, 6), tmp_path / "net.onnx")
     model = onnx.load(tmp_path / "net.onnx")

@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from dk2pnet.data import load
+from dk2pnet import load_student
+from dk2pnet.data import Normalization, load, split_training
 from dk2pnet.errors import InputError
+from dk2pnet.measure import accuracy, predict
 
 HALF = ["compress", "--model", "teacher", "--data", "digits", "--tune", "0", "--budget", "macs=0.5"]
 BY_NAME = ["--model", "lenet", "--data", "digits", "--normalize", "0.5/0.5"]
@@ -108,7 +110,10 @@ def test_train_writes_a_network_that_has_learned(place):
     assert {path.name for path in (place / "teacher").iterdir()} == FILES - {"report.html"} | LOGS
     network = figures(place / "teacher")["network"]
     assert network["accuracy"] > 60
-    assert network["validation_accuracy"] > 60
+    student, plan = load_student(place / "teacher")
+    _, validation = split_training(load("digits", "train"))
+    batches = validation.batches(128, Normalization.from_dict(plan.normalization))
+    assert network["validation_accuracy"] == pytest.approx(accuracy(predict(student, batches)), abs=0.3)
     assert network["parameters"] == sum(t.numel() for t in load_file(place / "teacher/model.safetensors").values())
 
 
@@ -388,6 +393,8 @@ def test_a_latency_budget_int8_and_pt2(place):
         fp32, int8 = rows[network, "fp32"], rows[network, "int8"]
         assert fp32["accuracy"] == pytest.approx(metrics[network]["accuracy"], abs=0.3)
         assert abs(int8["accuracy"] - fp32["accuracy"]) < 5
+    assert rows["teacher", "fp32"]["agreement"] == 100  # with itself
+    assert rows["student", "fp32"]["agreement"] == pytest.approx(metrics["student"]["agreement"], abs=0.5)
     assert (place / "quick/model.int8.onnx").stat().st_size == rows["student", "int8"]["bytes"]
     found = works(here, "evaluate", "--model", "quick/model.int8.onnx", "--data", "digits", cwd=place)
     assert accuracy_in(found) == pytest.approx(rows["student", "int8"]["accuracy"], abs=0.01)

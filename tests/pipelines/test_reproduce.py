@@ -54,6 +54,14 @@ def test_mean_spread_and_paired_difference(trained, tmp_path):
     assert kp["against_kd"] == {"difference": 1.0, "low": 1.0, "high": 1.0, "seeds": [0, 1, 2]}
 
 
+def test_minutes_are_those_of_the_median_speed(tmp_path):
+    """A run that was stopped for a while has a slow line in its log."""
+    speeds = (256.0, 1.0, 128.0)
+    lines = [json.dumps({"step": 60 * (number + 1), "images_per_second": speed}) for number, speed in enumerate(speeds)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert module._time_of(tmp_path) == {"minutes": 180 * 128 / 128 / 60}
+
+
 def test_interval_of_the_paired_difference():
     # Differences 0, 1, 2: mean 1, deviation 1, Student's t at 2 degrees of freedom 4.3027.
     runs = [{"method": "kd", "seed": s, "accuracy": 90.0} for s in range(4)]

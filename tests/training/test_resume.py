@@ -3,6 +3,7 @@ fails leaves behind."""
 
 import copy
 import errno
+import itertools
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ OPTIONS = TrainingOptions(
     epochs=3, batch_size=8, learning_rate=0.05, method="labels", precision="fp32", checkpoint_every=0
 )
 TOTAL = 3 * STEPS
+SEEDS = itertools.count()
 DATA = toy(8 * STEPS, 8)
 IMAGES, LABELS = (torch.cat(parts) for parts in zip(*DATA, strict=True))
 
@@ -48,7 +50,7 @@ class Run:
 
     def __call__(self, folder=None, stop=None, **more):
         """The trained network and the terms; `Killed` after step `stop`, of which no checkpoint is written then."""
-        torch.manual_seed(random.randrange(2**32))  # what came before does not matter
+        torch.manual_seed(next(SEEDS))  # what came before does not matter
         self.last = copy.deepcopy(self.model)
         self.seen = []
 
