@@ -52,18 +52,17 @@ def check_out(out: str | Path | None, overwrite: bool) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a command of ours wrote the folder: others have a metrics.json too."""
-    for name, keys in (("metrics.json", ("run", "versions", "dk2pnet")), ("plan.json", ("format", "layers"))):
-        try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-            at = found
-            for key in keys if name == "metrics.json" else ():
-                at = at[key]
-            if name == "metrics.json" or all(key in found for key in keys):
-                return True
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return False
+    """Whether a command of ours wrote the folder: others have files of these names too."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return "dk2pnet" in metrics["run"]["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        Plan.load(folder / "plan.json")
+    except InputError:
+        return False
+    return True
 
 
 @contextmanager
