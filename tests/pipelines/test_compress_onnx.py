@@ -48,8 +48,9 @@ def test_one_kernel_where_there_is_one_changes_nothing(tmp_path):
     assert student["parameters"] == 216 + 8 + 200 + 16
 
 
-def test_a_graph_that_rounds_to_few_levels(tmp_path):
+def test_a_graph_that_rounds_to_few_levels(tmp_path, monkeypatch):
     """Rounding errors move some of very many numbers by a whole level."""
+    monkeypatch.setattr(pipeline, "fastest_forms", lambda layers, table: dict.fromkeys(layers, "branches"))
     made = small()
     del made.graph.output[:], made.graph.node[-1]
     made.graph.initializer.extend([tensor("scale", np.float32(0.02)), tensor("zero", np.uint8(0))])
@@ -212,3 +213,18 @@ def test_noise_in_declared_shapes():
     feed = example_feed([value("x", "n", 3, "h", 5), value("k", 2, kind=TensorProto.INT64)], 7)
     assert {name: array.shape for name, array in feed.arrays.items()} == {"x": (1, 3, 7, 5), "k": (2,)}
     assert feed.arrays["k"].dtype == np.int64
+
+
+def test_a_graph_that_was_rewritten_wrongly_is_refused(tmp_path, monkeypatch):
+    real = pipeline.rewrite
+
+    def wrong(*given):
+        result = real(*given)
+        kernels = next(each for each in result.graph.initializer if len(each.dims) == 4)
+        kernels.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(kernels), kernels.name))
+        return result
+
+    monkeypatch.setattr(pipeline, "rewrite", wrong)
+    with pytest.raises(InputError, match=r"differs by .* was not written"):
+        compress(small(channels=(3, 8, 16)), tmp_path, {"x": weights(10, 3, 9, 9)}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
