@@ -11,6 +11,8 @@ import pytest
 import yaml
 from command_line import accuracy_in, error_of, figures, here, shell, snapshot, works
 
+from dk2pnet.data import Normalization, load
+from dk2pnet.deploy.onnx import read_metadata, run_onnx, session
 from dk2pnet.pipelines.compress_onnx import compress_onnx
 from graphs import drop_initializer, needs_onnx_tuning, save, small, value, weights
 
@@ -52,6 +54,27 @@ def test_a_network_for_images_from_a_bare_shell(place):
     page = (place / "half" / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page), "one self-contained page"
     assert f"{student['relative_error']:.2f} % (root mean square, relative)" in page
+
+
+def test_images_into_a_file_of_a_fixed_batch(place):
+    """The images that do not fill a batch are left out, and labels stay beside theirs."""
+    graph = onnx.load(place / "teacher/model.onnx")
+    for each in (graph.graph.input[0], graph.graph.output[0]):
+        each.type.tensor_type.shape.dim[0].dim_value = 7
+    onnx.save(graph, place / "sevens.onnx")
+    options = ["--data", "digits", "--budget", "kernels=2", "--tune", 0, "--calibration-images", 100, "--threads", 1]
+    works(here, "compress", "--model", "sevens.onnx", *options, "--out", "sevens", cwd=place)
+    test = load("digits", "test")
+    count = len(test) // 7 * 7
+    assert count < len(test)
+    norm = Normalization.from_dict(json.loads(read_metadata(place / "sevens.onnx")["normalization"]))
+    scores = run_onnx(session(place / "teacher/model.onnx"), norm.apply(test.images[:count]))[0]
+    metrics = figures(place / "sevens")
+    assert metrics["run"]["images"]["test"] == count
+    right = (scores.argmax(1) == test.labels[:count].numpy()).mean()
+    assert metrics["teacher"]["accuracy"] == pytest.approx(100 * right)
+    few = ["--data", "digits", "--calibration-images", 20, "--out", "few"]
+    assert "the graph takes 7 at once" in error_of(here("compress", "--model", "sevens.onnx", *few, cwd=place))
 
 
 @needs_onnx_tuning
