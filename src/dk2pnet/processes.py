@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["broadcast", "count", "is_alone", "is_main", "join", "processor", "rank", "sum_over_all", "wait"]
+__all__ = ["broadcast", "cores", "count", "is_alone", "is_main", "join", "processor", "rank", "sum_over_all", "wait"]
 
 
 def join(device: str) -> torch.device | None:
@@ -66,6 +66,11 @@ def sum_over_all(tensors: Iterable[Tensor]) -> None:
         dist.reduce(total, 0)
         dist.broadcast(total, 0)
         tensor.copy_(total)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

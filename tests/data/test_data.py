@@ -163,6 +163,18 @@ def test_digits():
     assert test.labels.bincount().min() > 20
 
 
+def test_a_split_that_names_its_classes_in_another_order_gets_the_numbers_of_the_first():
+    train = ImageData("mine", torch.zeros(3, 1, 2, 2, dtype=torch.uint8), [0, 1, 2], ["cat", "dog", "fox"])
+    test = ImageData("mine", torch.zeros(4, 1, 2, 2, dtype=torch.uint8), [0, 1, 2, 0], ["dog", "fox", "cat"])
+    found = test.numbered_like(train)
+    assert found.labels.tolist() == [1, 2, 0, 1]
+    assert found.classes == train.classes
+    assert test.labels.tolist() == [0, 1, 2, 0]
+    assert train.numbered_like(train) is train
+    with pytest.raises(InputError, match="has the classes dog, .*expected the same"):
+        ImageData("mine", test.images, [0] * 4, ["dog", "cow", "cat"]).numbered_like(train)
+
+
 def test_batches_cover_everything_in_order():
     data = in_memory(10)
     batches = data.batches(4, PLAIN)

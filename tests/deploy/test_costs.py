@@ -10,6 +10,7 @@ from dk2pnet.deploy import costs
 from dk2pnet.deploy.costs import DENSE, LatencyTable, Sketch, Spot, fastest_forms, gathered, sketch_of
 from dk2pnet.deploy.latency import Latency
 from dk2pnet.layer import DKConv2d
+from dk2pnet.processes import cores
 
 
 @pytest.fixture
@@ -128,3 +129,18 @@ def test_real_layers_of_every_sketch_can_be_timed(tmp_path, groups, target):
 def test_the_timed_network_is_the_layer_between_neighbours():
     network = costs._network(SPOT, gathered(16, 1, 4), "pytorch")
     assert network(torch.randn(2, 1, 9, 9)).shape == (2, 8, 1, 1)
+
+
+def test_two_runs_that_measure_at_once_keep_each_others_times(tmp_path, asked):
+    tables = [LatencyTable(folder=tmp_path) for _ in range(2)]
+    other = Spot(nn.Conv2d(8, 8, 3, padding=1), (9, 9))
+    for table, spot in zip(tables, (SPOT, other), strict=True):
+        table.ratios_of({spot: [DENSE]})
+    again = LatencyTable(folder=tmp_path)
+    before = len(asked)
+    again.ratios_of({SPOT: [DENSE], other: [DENSE]})
+    assert len(asked) == before
+
+
+def test_without_a_number_of_threads_it_is_that_of_the_cores(tmp_path):
+    assert LatencyTable(folder=tmp_path).path == LatencyTable(threads=cores(), folder=tmp_path).path

@@ -10,7 +10,7 @@ from torch import nn
 
 from dk2pnet.deploy import latency
 from dk2pnet.deploy.latency import _summary, compare_latency, conditions, is_onnx
-from dk2pnet.deploy.onnx import export_onnx, onnx_bytes
+from dk2pnet.deploy.onnx import Feed, export_onnx, onnx_bytes
 from dk2pnet.errors import InputError
 
 
@@ -159,3 +159,9 @@ def test_the_conditions_of_a_measurement():
     }
     assert facts["onnxruntime"]
     assert facts["processor"]
+
+
+def test_a_feed_says_how_many_samples_were_timed():
+    """Its first input may have no axis at all, or one that is not that of samples."""
+    feed = Feed({"threshold": np.array(0.5, np.float32), "x": np.zeros((3, 2), np.float32)}, 3)
+    assert (conditions("onnxruntime", feed, 1)["batch"], conditions("onnxruntime", feed, 1)["input"]) == (3, [])

@@ -168,7 +168,7 @@ def test_samples_are_split_and_batched(tmp_path):
     inputs[1].type.tensor_type.shape.Clear()
     feeds = array_feeds(path, [value("a", "n", 3), value("b", "n")], 20)
     assert feeds.counts == {"calibration": 16, "held out": 4}
-    assert feeds.batch == 4
+    assert feeds.example.samples == 4
     assert [feed.samples for feed in feeds.gather] == [4, 4, 4, 4]
     assert [feed.samples for feed in feeds.one_by_one.held_out] == [1, 1, 1, 1]
     seen = [feed.arrays for part in (feeds.gather, feeds.held_out) for feed in part]
@@ -184,7 +184,7 @@ def test_an_input_without_an_axis_for_samples_is_fed_one_by_one(tmp_path):
     feeds = array_feeds(path, [value("a", "n", 3), scalar], 10)
     assert feeds.example.arrays["a"].shape == (1, 3)
     assert feeds.example.arrays["b"].shape == ()
-    assert feeds.batch == 1
+    assert feeds.example.samples == 1
 
 
 @pytest.mark.parametrize(
@@ -228,3 +228,33 @@ def test_a_graph_that_was_rewritten_wrongly_is_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"differs by .* was not written"):
         compress(small(channels=(3, 8, 16)), tmp_path, {"x": weights(10, 3, 9, 9)}, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_so_is_one_whose_only_output_is_the_best_class(tmp_path, monkeypatch):
+    """Whole numbers say little: what is compared is what they come from, and what the new layers give."""
+    made = small(channels=(3, 8, 16))
+    made.graph.node.append(helper.make_node("ArgMax", [made.graph.output[0].name], ["best"], axis=1))
+    del made.graph.output[:]
+    made.graph.output.append(value("best", "n", 1, "h", "w", kind=TensorProto.INT64))
+    arrays = {"x": weights(10, 3, 9, 9)}
+    assert compress(made, tmp_path, arrays).metrics["student"]["onnx_difference"] > 0
+    real = pipeline.rewrite
+
+    def wrong(*given):
+        result = real(*given)
+        kernels = next(each for each in result.graph.initializer if len(each.dims) == 4)
+        kernels.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(kernels), kernels.name))
+        return result
+
+    monkeypatch.setattr(pipeline, "rewrite", wrong)
+    with pytest.raises(InputError, match=r"differs by .* was not written"):
+        compress(made, tmp_path, arrays)
+
+
+def test_multiply_adds_are_those_of_one_image_where_the_batch_is_fixed(tmp_path):
+    plans = []
+    for batch in ("n", 4):
+        made = small(size=(9, 9), batch=batch)
+        plans.append(pipeline.compress_onnx(save(made, tmp_path), "kernels=1", criterion="weight", threads=1).plan)
+    assert plans[0].macs_dense == plans[1].macs_dense
+    assert [layer.macs for layer in plans[0].layers] == [layer.macs for layer in plans[1].layers]

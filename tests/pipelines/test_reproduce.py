@@ -54,6 +54,13 @@ def test_mean_spread_and_paired_difference(trained, tmp_path):
     assert kp["against_kd"] == {"difference": 1.0, "low": 1.0, "high": 1.0, "seeds": [0, 1, 2]}
 
 
+def test_what_another_process_is_writing_is_no_run_yet(trained, tmp_path):
+    (tmp_path / "out/.kd-1-ab12").mkdir(parents=True)
+    (tmp_path / "out/.kd-1-ab12/metrics.json").write_text("{")
+    results = reproduce("mnist", tmp_path / "out", methods=["kd"], seeds=(0,))
+    assert [run["seed"] for run in results["runs"]] == [0]
+
+
 def test_minutes_are_those_of_the_median_speed(tmp_path):
     """A run that was stopped for a while has a slow line in its log."""
     speeds = (256.0, 1.0, 128.0)

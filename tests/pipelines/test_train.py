@@ -68,6 +68,7 @@ def test_fewer_images_are_spread_over_all_classes(tmp_path, monkeypatch):
     data = ImageData("mine", pixels, torch.arange(40) // 10)
     seen = []
     monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(pipeline, "load_test", lambda *_: None)
     monkeypatch.setattr(pipeline, "fit", lambda net, kept, *_, **__: seen.append(kept) or {})
     train_network("lenet", "mine", tmp_path / "out", options=OPTIONS, images=25)
     assert len(seen[0]) in (22, 23)
@@ -93,6 +94,7 @@ def test_the_augmentation_is_by_name_unless_it_is_given(name, augment, used, tmp
         return {}
 
     monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(pipeline, "load_test", lambda *_: None)
     monkeypatch.setattr(fitting, "train", watched)
     train_network("lenet", name, tmp_path / "out", options=OPTIONS, augment=augment)
     assert seen == [used]

@@ -287,6 +287,22 @@ class ImageData:
             images = replace(self._rows, rows=self._rows.rows[index])
         return ImageData(self.name, images, None if self.labels is None else self.labels[index], self.classes)
 
+    def numbered_like(self, other: ImageData) -> ImageData:
+        """The same with the class numbers of `other`, where the names of the classes come in another order.
+
+        `InputError` where they are other names.
+        """
+        if not self.classes or not other.classes or self.labels is None or self.classes == other.classes:
+            return self
+        if sorted(self.classes) != sorted(other.classes):
+            raise InputError(
+                f"a split of {self.name!r} has the classes {', '.join(self.classes[:4])}, ..., and {other.name!r} has "
+                f"{', '.join(other.classes[:4])}, ...; expected the same"
+            )
+        numbers = torch.tensor([other.classes.index(each) for each in self.classes])
+        images: Any = self._rows if self._tensor is None else self._tensor
+        return ImageData(self.name, images, numbers[self.labels], other.classes)
+
     def without_labels(self) -> ImageData:
         """The same images, labels and classes forgotten."""
         return ImageData(self.name, self._rows if self._tensor is None else self._tensor)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from dk2pnet.deploy.latency import compare_latency, conditions, is_onnx
 from dk2pnet.deploy.onnx import onnx_bytes
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.layer import DKConv2d
+from dk2pnet.processes import cores
 
 __all__ = ["DENSE", "LatencyTable", "Sketch", "Spot", "fastest_forms", "gathered", "sketch_of"]
 
@@ -109,21 +110,23 @@ class LatencyTable:
     ) -> None:
         self.target, self.threads, self.seconds = target, threads, seconds
         self.progress = progress or (lambda done, total: None)
-        facts = conditions(target, torch.zeros(1, 1, 1, 1), threads)
+        facts = conditions(target, torch.zeros(1, 1, 1, 1), threads or cores())
         name = hashlib.sha256(json.dumps([facts, torch.__version__, _FORMAT], sort_keys=True).encode()).hexdigest()[:16]
         self.path = (folder or _cache()) / "latency" / f"{name}.json"
         self.facts = facts
-        self.ratios: dict[str, dict[str, float]] = {}
+        self.ratios = self._kept()
+        self.reference = _network(_REFERENCE, DENSE, target)
+        self.reference_size = _REFERENCE.size
+
+    def _kept(self) -> dict[str, dict[str, float]]:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            self.ratios = {
+            return {
                 str(spot): {str(sketch): float(value) for sketch, value in times.items()}
                 for spot, times in found["ratios"].items()
             }
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            self.ratios = {}  # none yet, or damaged: measured again
-        self.reference = _network(_REFERENCE, DENSE, target)
-        self.reference_size = _REFERENCE.size
+            return {}  # none yet, or damaged: measured again
 
     def ratios_of(self, wanted: Mapping[Spot, Sequence[Sketch]]) -> dict[str, dict[Sketch, float]]:
         """Times of sketches in units of the reference layer's, by key of the spot; missing ones are measured."""
@@ -161,6 +164,8 @@ class LatencyTable:
 
     def _save(self) -> None:
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        for spot, times in self._kept().items():  # what another run has measured meanwhile
+            self.ratios[spot] = times | self.ratios.get(spot, {})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"conditions": self.facts, "ratios": self.ratios}, indent=1)

@@ -130,7 +130,8 @@ def conditions(target: str, example: np.ndarray | Tensor | Feed, threads: int | 
     """What a time depends on beside the network, for the record."""
     package = target.removesuffix("-int8") if is_onnx(target) else "torch"
     shape = list(example.shape)
-    facts = {"target": target, package: _version_of(package), "threads": threads, "batch": shape[0], "input": shape[1:]}
+    batch = example.samples if isinstance(example, Feed) else shape[0]
+    facts = {"target": target, package: _version_of(package), "threads": threads, "batch": batch, "input": shape[1:]}
     return facts | {"processor": torch.cuda.get_device_name() if target == "cuda" else processor()}
 
 

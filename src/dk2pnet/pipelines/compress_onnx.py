@@ -35,7 +35,15 @@ from dk2pnet.pipelines.compress import layer_figures
 from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
 from dk2pnet.pipelines.feeds import Feeds, array_feeds, example_feed, image_feeds
 from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
-from dk2pnet.pipelines.inputs import Network, Progress, environment, left_as_found, onnx_normalization, silent
+from dk2pnet.pipelines.inputs import (
+    Network,
+    Progress,
+    environment,
+    left_as_found,
+    onnx_normalization,
+    pick_device,
+    silent,
+)
 from dk2pnet.pipelines.judge_onnx import Judge, check_repeats, folded, proven
 from dk2pnet.pipelines.speed import Spent, spend_latency
 from dk2pnet.pipelines.tune import tuning_of
@@ -129,6 +137,7 @@ def compress_onnx(
         )
     _check_options(criterion, data, calibration_images, memory, target)
     check_out(out, overwrite)
+    pick_device("cpu", threads)
     clock = Clock()
     network = read_onnx(model, keep, first)
     open_sites = {site.name: site for site in network.sites if not site.reason}

@@ -22,6 +22,7 @@ from dk2pnet.pipelines.inputs import (
     open_network,
     pick_device,
     silent,
+    warn_of_other_classes,
 )
 
 __all__ = ["evaluate"]
@@ -56,6 +57,7 @@ def evaluate(
     net = network.model.to(chosen)
     batches = images.batches(batch_size or batch_size_for(images.size), network.normalization)
     result = predict(net, batches, chosen, lambda done: progress("evaluating", done, len(images)))
+    warn_of_other_classes(images, result.outputs)
     example = network.normalization.apply(images.subset([0]).images).to(chosen)
     return {
         "accuracy": accuracy(result),
@@ -107,6 +109,7 @@ def _evaluate_onnx(
         progress("evaluating in ONNX Runtime", done, len(images))
     known: list[Tensor] = [y for y in labels if y is not None]
     result = Predictions([torch.cat(rows)], torch.cat(known))
+    warn_of_other_classes(images, result.outputs)
     return {"accuracy": accuracy(result), "images": done, "bytes": Path(model).stat().st_size}
 
 

@@ -33,7 +33,7 @@ class Feeds:
     counts: dict[str, int]
     test: Iterable[tuple[Feed, Tensor]] | None = None
     normalization: Normalization | None = None
-    batch: int = 1
+    images: ImageData | None = None  # what the labels belong to
     one_by_one: Feeds | None = field(default=None, repr=False)  # the same samples in batches of one
 
     @property
@@ -63,7 +63,9 @@ def example_feed(inputs: Sequence[onnx.ValueInfoProto], size: int | None) -> Fee
         dtype = _dtype(value)
         noise = generator.standard_normal(dims)  # type: ignore[arg-type]
         arrays[value.name] = (noise if dtype.kind == "f" else np.zeros(dims)).astype(dtype)  # type: ignore[arg-type]
-    return Feed(arrays)
+    # Of a fixed batch of images; of other inputs nobody says that the first axis is that of samples.
+    batches = (_dims(value)[0] for value in inputs if len(_dims(value)) == 4)
+    return Feed(arrays, next((size for size in batches if size), 1))
 
 
 def array_feeds(path: str | Path, inputs: Sequence[onnx.ValueInfoProto], count: int) -> Feeds:
@@ -93,7 +95,7 @@ def array_feeds(path: str | Path, inputs: Sequence[onnx.ValueInfoProto], count: 
 
     def feeds(batch: int) -> Feeds:
         counts = {"calibration": len(whole[0]), "held out": len(whole[1])}
-        return Feeds(*(_Slices(arrays, part, batch, stacked) for part in whole), counts, batch=batch)
+        return Feeds(*(_Slices(arrays, part, batch, stacked) for part in whole), counts)
 
     found = feeds(batch)
     if size is None and batch > 1:
@@ -142,7 +144,8 @@ def image_feeds(
     )
     test = None
     if has_split(name, "train", data_dir) and has_split(name, "test", data_dir):
-        test = load(name, "test", data_dir=data_dir, size=size, channels=dims[1])
+        test = load(name, "test", data_dir=data_dir, size=training.size, channels=training.channels)
+        test = test.numbered_like(training)
         training = split_training(training)[0]
     normalization.check(training.channels)
     gather, held_out = calibration_split(training, count)
@@ -163,7 +166,7 @@ def image_feeds(
         if test is not None and test.labels is not None:
             labelled = _Labelled(of(test))
             counts["test"] = len(test) // batch * batch if fixed else len(test)
-        return Feeds(of(gather), of(held_out), counts, labelled, normalization, batch)
+        return Feeds(of(gather), of(held_out), counts, labelled, normalization, test if labelled else None)
 
     found = feeds(batch)
     if fixed is None and batch > 1:

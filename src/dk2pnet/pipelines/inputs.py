@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization, UserBatches, has_split, load
 from dk2pnet.deploy.onnx import read_metadata
 from dk2pnet.errors import InputError
+from dk2pnet.measure import is_classifier
 from dk2pnet.models import check_finite, default_input_size, default_normalization, load_weights, make_network
 from dk2pnet.plan import Plan
 from dk2pnet.processes import join, processor
@@ -32,11 +34,15 @@ __all__ = [
     "environment",
     "left_as_found",
     "load_data",
+    "load_test",
+    "onnx_normalization",
     "open_network",
     "pick_device",
-    "onnx_normalization",
     "silent",
+    "warn_of_other_classes",
 ]
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much (0: unknown)
 
@@ -128,6 +134,27 @@ def load_data(
     if not has_split(name, split, data_dir):
         return None
     return load(name, split, data_dir=data_dir, size=size, channels=channels)
+
+
+def load_test(name: str, training: ImageData, data_dir: str | None = None) -> ImageData | None:
+    """The test split in the size, the colours and the class numbers of the training split; None where there is none."""
+    if not has_split(name, "test", data_dir):
+        return None
+    test = load(name, "test", data_dir=data_dir, size=training.size, channels=training.channels)
+    return test.numbered_like(training)
+
+
+def warn_of_other_classes(data: ImageData, outputs: list[Tensor]) -> None:
+    """Say where the network knows more classes than the data, so that a class may have another number there."""
+    if data.classes and is_classifier(outputs) and len(data.classes) < outputs[0].shape[1]:
+        _log.warning(
+            "data set %r has %d classes (%s, ...) and the network answers with %d: unless it was trained on these "
+            "class numbers, an accuracy says nothing",
+            data.name,
+            len(data.classes),
+            ", ".join(data.classes[:4]),
+            outputs[0].shape[1],
+        )
 
 
 def onnx_normalization(path: str | Path, given: str | None) -> Normalization:

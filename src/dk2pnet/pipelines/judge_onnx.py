@@ -19,6 +19,7 @@ from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier
 from dk2pnet.pipelines.feeds import Feeds
+from dk2pnet.pipelines.inputs import warn_of_other_classes
 
 __all__ = ["Judge", "check_repeats", "folded", "proven"]
 
@@ -53,12 +54,15 @@ def proven(
     """The new file's content, and how far it is from the same graph with the folded weights (the largest difference,
     relative to the largest number).
 
+    Compared are the outputs, in place of one of whole numbers the tensor it comes from, and what the new layers give.
     What is judged is the mean difference: where a graph rounds to few levels, a rounding error may move some by one.
     """
     content = result.SerializeToString()
     onnx.checker.check_model(content)
     reference = folded(network, layers)
-    names = network.outputs
+    made = {name for node in reference.graph.node for name in node.output}
+    sites = [site.node.output[0] for site in network.sites if site.name in layers and site.node is not None]
+    names = list(dict.fromkeys([*_comparable(network, single, threads), *(each for each in sites if each in made)]))
     expected, found = (tensors_of(proto, names, threads)(single) for proto in (reference, result))
     worst = mean = 0.0
     for name in names:
@@ -91,6 +95,9 @@ class Judge:
         self.network, self.feeds, self.threads = network, feeds, threads
         self.names = _comparable(network, feeds.example, threads)
         self.expected = self._run(network.proto)
+        first = self.expected[0][0] if self.expected else None
+        if feeds.images is not None and isinstance(first, np.ndarray) and len(self.names) == 1:
+            warn_of_other_classes(feeds.images, [torch.from_numpy(first)])
         for name, arrays in zip(self.names, zip(*self.expected, strict=True), strict=True):
             if not all(np.isfinite(array).any() for array in arrays if array.size and array.dtype.kind == "f"):
                 raise InputError(f"the output {name!r} is not finite on the held-out inputs; check them and the model")

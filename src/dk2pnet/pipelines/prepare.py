@@ -14,12 +14,21 @@ from dk2pnet.convert import copy_model
 from dk2pnet.data import ImageData, Normalization, has_split, load
 from dk2pnet.data.images import first_line
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, macs, predict
+from dk2pnet.measure import Predictions, accuracy, agreement, evaluation, is_classifier, macs, outputs_of, predict
 from dk2pnet.pipelines.clock import Clock
 from dk2pnet.pipelines.closed_form import ClosedForm
 from dk2pnet.pipelines.decomposition import CRITERIA
 from dk2pnet.pipelines.images import Images, named_images, user_images
-from dk2pnet.pipelines.inputs import Network, Progress, check_augment, load_data, open_network, silent
+from dk2pnet.pipelines.inputs import (
+    Network,
+    Progress,
+    check_augment,
+    load_data,
+    load_test,
+    open_network,
+    silent,
+    warn_of_other_classes,
+)
 from dk2pnet.pipelines.search import Prober
 from dk2pnet.pipelines.tune import Tuner, Tuning, tuning_of
 from dk2pnet.plan import Budget
@@ -172,9 +181,10 @@ def prepare(
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     images = None
+    if training is not None:
+        _say_other_classes(teacher, network, training, device)
     if named is not None and training is not None:
-        test = load_data(named, "test", model, data_dir=data_dir, input_size=input_size)
-        other = None
+        test, other = load_test(named, training, data_dir), None
         if holdout is not None:
             if not isinstance(holdout, str):
                 raise InputError("data is the name of a data set, so the holdout has to be a folder of images")
@@ -252,6 +262,17 @@ def _any_split(name: str, data_dir: str | None, like: ImageData, splits: Sequenc
         if has_split(name, split, data_dir):
             return load(name, split, data_dir=data_dir, size=like.size, channels=like.channels)
     raise InputError(f"data set {name!r} has neither a training nor a test split; give a folder of images")
+
+
+def _say_other_classes(teacher: nn.Module, network: Network, training: ImageData, device: torch.device) -> None:
+    if training.labels is None or network.normalization is None:
+        return
+    try:
+        with evaluation(teacher):
+            outputs = outputs_of(teacher(network.normalization.apply(training.subset([0]).images).to(device)))
+    except (InputError, RuntimeError):  # what does not fit is said where all images are looked at
+        return
+    warn_of_other_classes(training, outputs)
 
 
 def _example(given: Tensor | None, images: Images | None, network: Network, input_size: int | None) -> Tensor:

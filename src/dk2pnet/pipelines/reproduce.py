@@ -170,7 +170,9 @@ def _check(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse a folder of something else, or of runs with other settings."""
     path = folder / "results.json"
     if not path.is_file():
-        runs = folder.is_dir() and all(each.name.endswith(".unfinished") or _is_run(each) for each in folder.iterdir())
+        runs = folder.is_dir() and all(
+            each.name.startswith(".") or each.name.endswith(".unfinished") or _is_run(each) for each in folder.iterdir()
+        )
         if folder.exists() and not runs:
             raise InputError(f"{folder} is not a folder that dk2pnet reproduce wrote; give another --out")
         return
@@ -201,7 +203,7 @@ def _write(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _collected(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     runs, teacher, network, environment = [], None, None, {}
-    for path in sorted(folder.glob("*/metrics.json")):
+    for path in sorted(folder.glob("[!.]*/metrics.json")):  # others are being written
         metrics = json.loads(path.read_text(encoding="utf-8"))
         name, _, seed = path.parent.name.rpartition("-")
         environment = {key: metrics["run"][key] for key in ("versions", "hardware")}

@@ -30,6 +30,7 @@ from dk2pnet.pipelines.inputs import (
     check_augment,
     environment,
     load_data,
+    load_test,
     open_network,
     pick_device,
     silent,
@@ -108,6 +109,7 @@ def train_network(
     norm.check(training.channels)
     if taught_by is not None and taught_by.normalization not in (None, norm):
         taught_by.model.register_forward_pre_hook(_from_to(norm, taught_by.normalization))
+    test = load_test(data, training, data_dir)  # now, as what is wrong with it must not cost the training
     net = network.model.to(chosen)
     example = norm.apply(training.subset([0]).images).to(chosen)
     # How it runs is no part of what is asked: a run may go on with other threads, or without the GPU that it began on.
@@ -131,7 +133,6 @@ def train_network(
         if not is_main():
             return {}
         set_form(net, "folded")
-        test = load_data(data, "test", model, data_dir=data_dir, input_size=input_size)
         figures: dict[str, Any] = {
             "validation_accuracy": _accuracy(net, validation, norm, chosen),
             "accuracy": _accuracy(net, test, norm, chosen),
