@@ -559,7 +559,9 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
-            stderr.print("Stopped. OUT was not written; what had begun goes on when the command is repeated.")
+            stderr.print(
+                "Stopped. No OUT was written; from an OUT.unfinished the same command goes on."
+            )
         raise
 
 

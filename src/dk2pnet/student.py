@@ -52,6 +52,8 @@ def load_student(folder: str | Path, factory: Callable[[], nn.Module] | None = N
     folder = Path(folder)
     plan = Plan.load(folder / PLAN)
     weights = folder / WEIGHTS
+    if not weights.is_file() and (folder / "model.onnx").is_file():
+        raise InputError(f"{folder} holds a network that came as an ONNX file; give {folder / 'model.onnx'}")
     if not weights.is_file():
         raise InputError(f"{folder} has no {WEIGHTS}; expected a folder that dk2pnet wrote")
     if plan.weights_hash != _hash(weights):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from dk2pnet.deploy.emit import EMITTED
@@ -354,6 +354,14 @@ def test_external_data_is_read_from_the_files_own_folder_only(tmp_path):
     refused(save(outside(small(), "none.bin"), folder), "cannot be read")
     refused(save(outside(small(), "pipe.bin"), folder), "which is no file")
     refused(save(outside(small(), "below"), folder), "which is no file")
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"  # as a hub's cache has them
+    snapshot.mkdir()
+    blobs.mkdir()
+    (blobs / "two").write_bytes(data.tobytes())
+    save(outside(small(), "data.bin"), blobs).rename(blobs / "one")
+    (snapshot / "net.onnx").symlink_to(blobs / "one")
+    (snapshot / "data.bin").symlink_to(blobs / "two")
+    assert np.array_equal(numpy_helper.to_array(read_onnx(snapshot / "net.onnx").constants["w2"]), data)
     for facts in ({"offset": 8}, {"offset": 4, "length": 10**12}, {"offset": -4}, {"length": 12}):
         refused(save(outside(small(), "below/w.bin", **facts), folder), "fetch it again|holds|bytes")
     refused(save(outside(small(), "below/w.bin", offset="four"), folder), "cannot be read")

@@ -260,7 +260,10 @@ def _is_external(tensor: TensorProto) -> bool:
 
 
 def _external(tensor: TensorProto, path: Path) -> tuple[str, int, int]:
-    """File, offset and length of data outside the ONNX file. Only files in the folder of the ONNX file are read."""
+    """File, offset and length of data outside the ONNX file. Only files in the folder of the ONNX file are read.
+
+    Where that is a link, as in a hub's cache, its data may lie in the folder that it leads to, too.
+    """
     facts = {entry.key: entry.value for entry in tensor.external_data}
     location = facts.get("location", "")
     what = f"tensor {tensor.name!r} of {path} has its data in {location!r}"
@@ -268,7 +271,8 @@ def _external(tensor: TensorProto, path: Path) -> tuple[str, int, int]:
     # realpath, so that no link leads out either; no path holds a null byte.
     found = os.path.realpath(os.path.join(folder, location.replace("\0", "")))
     inside = location and "\0" not in location and not os.path.isabs(location)
-    if not inside or os.path.commonpath([folder, found]) != folder:
+    places = (folder, os.path.dirname(os.path.realpath(path)))
+    if not inside or not any(Path(found).is_relative_to(place) for place in places):
         raise InputError(
             f"{what}, outside the folder of the ONNX file, which is not read; put the data beside the file"
         )
