@@ -559,9 +559,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
-            stderr.print(
-                "Stopped. No OUT was written; from an OUT.unfinished the same command goes on."
-            )
+            stderr.print("Stopped. No OUT was written; from an OUT.unfinished the same command goes on.")
         raise
 
 

@@ -16,7 +16,7 @@ from dk2pnet.measure import divergence, macs, outputs_of, parameters, predict
 from dk2pnet.nets import lenet
 from dk2pnet.pipelines import closed_form, decomposition, folders
 from dk2pnet.pipelines import compress as pipeline
-from dk2pnet.plan import Plan
+from dk2pnet.plan import LayerPlan, Plan
 
 
 def net(seed=0, norm=True, bias=False, classes=4):
@@ -693,6 +693,17 @@ def test_what_is_written_is_what_was_measured(tmp_path, no_timing):
         wanted = result.model(X[0])
     torch.testing.assert_close(torch.as_tensor(got), wanted, rtol=1e-4, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_layers_that_run_dense_in_the_file_are_told_of():
+    """Their multiply-adds are not those of the file."""
+    plan = Plan(layers=[LayerPlan(str(n), "", counts=[1], form=form) for n, form in enumerate(("folded", "concat"))])
+    timed = {side: {"latency_noisy": side == "student"} for side in ("teacher", "student")}
+    dense, noise = pipeline.notes_of_file(plan, timed)
+    assert dense.startswith("1 of 2 layers of dominant kernels run as one dense convolution")
+    assert "unsteady" in noise
+    plan.layers[0].form = "branches"
+    assert pipeline.notes_of_file(plan, dict.fromkeys(timed, {"latency_noisy": False})) == []
 
 
 def test_a_wrong_export_is_refused(tmp_path, no_timing, monkeypatch):

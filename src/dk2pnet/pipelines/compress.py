@@ -51,7 +51,7 @@ from dk2pnet.report.page import write_page
 from dk2pnet.student import save_student
 from dk2pnet.training.trainer import TrainingOptions
 
-__all__ = ["CRITERIA", "Result", "compress", "layer_figures"]
+__all__ = ["CRITERIA", "Result", "compress", "layer_figures", "notes_of_file"]
 
 
 @dataclass
@@ -356,6 +356,20 @@ def layer_figures(layer: LayerPlan) -> dict[str, Any]:
     }
 
 
+def notes_of_file(plan: Plan, timed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of the multiply-adds and the times has to know of the file that was written."""
+    notes = []
+    chosen = [layer.form for layer in plan.layers if layer.counts is not None and layer.form is not None]
+    if "folded" in chosen:
+        notes.append(
+            f"{chosen.count('folded')} of {len(chosen)} layers of dominant kernels run as one dense convolution in "
+            "model.onnx, which is faster there; the multiply-adds are those of their kernels"
+        )
+    if any(timed[side]["latency_noisy"] for side in ("teacher", "student")):
+        notes.append("the machine was unsteady while times were taken: do not trust small differences of latency")
+    return notes
+
+
 def _write(
     out: Path,
     overwrite: bool,
@@ -403,6 +417,7 @@ def _write(
         for side, path in paths.items():
             metrics[side]["onnx_bytes"] = path.stat().st_size
             metrics[side] |= timed[side]
+        metrics["notes"] = [*metrics["notes"], *notes_of_file(plan, timed)]
         metrics["run"]["latency"] = conditions(target, example, threads)
         for layer, figures in zip(plan.layers, metrics["layers"], strict=True):
             figures["form"] = layer.form

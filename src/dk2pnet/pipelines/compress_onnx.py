@@ -31,7 +31,7 @@ from dk2pnet.deploy.rewrite import OnnxConvolution, OnnxNetwork, read_onnx, rewr
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.pipelines.clock import Clock
-from dk2pnet.pipelines.compress import layer_figures
+from dk2pnet.pipelines.compress import layer_figures, notes_of_file
 from dk2pnet.pipelines.decomposition import CRITERIA, energies_of, make_plan, solve_layers, spend
 from dk2pnet.pipelines.feeds import Feeds, array_feeds, example_feed, image_feeds
 from dk2pnet.pipelines.folders import check_out, new_folder, write_json, write_recipe
@@ -276,6 +276,7 @@ def compress_onnx(
     for side, size in (("teacher", len(original)), ("student", len(content))):
         metrics[side]["onnx_bytes"] = size
         metrics[side] |= timed[side]
+    metrics["notes"] += notes_of_file(plan, timed)
     metrics["run"]["latency"] = conditions(target, single, threads)  # type: ignore[arg-type]
     if out is not None:
         with new_folder(out, overwrite) as folder:
