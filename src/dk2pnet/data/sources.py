@@ -48,7 +48,7 @@ def load(
     size: int | tuple[int, int] | None = None,
     channels: int | None = None,
 ) -> ImageData:
-    """Open a data set; of its images only the first is decoded.
+    """Open a data set; of its images only the first is decoded, and where that is grey some more.
 
     Example: ``load("digits")`` has 1,438 images of 1 x 8 x 8; ``load("digits", "test")`` the other 359.
 
@@ -65,7 +65,7 @@ def load(
     size
         Side, or (height, width), that images are resized to; without it all must have one size.
     channels
-        1 (grey) or 3 (colour); without it, what the first image has.
+        1 (grey) or 3 (colour); without it, 3 where one of the images looked at has colours.
 
     Raises
     ------
