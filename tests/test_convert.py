@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dk2pnet.convert import convert, find_convolutions
+from dk2pnet.convert import convert, copy_model, find_convolutions
 from dk2pnet.decompose.solve import solve
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
@@ -101,6 +101,32 @@ def test_a_convolution_that_is_called_by_keyword_stays_dense():
     stem, conv = find_convolutions(ByKeyword(), torch.zeros(1, 3, 8, 8))
     assert (stem.reason, conv.positions, conv.input_size) == ("first convolution", 64, (8, 8))
     assert "by keyword" in conv.reason
+
+
+def test_a_convolution_with_hooks_stays_dense():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    net[1].register_forward_hook(lambda module, args, output: -5 * output)
+    reasons = [site.reason for site in find_convolutions(net, torch.zeros(1, 3, 9, 9))]
+    assert reasons == ["first convolution", "it has hooks of the network's own, which would be lost", ""]
+
+
+def test_a_network_that_keeps_an_activation_is_copied():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            self.seen = self.conv(x)
+            self.all = {"maps": [self.seen * 2], "one": self.seen + 1}
+            return self.seen
+
+    net = Keeping()
+    net(torch.ones(1, 3, 5, 5))
+    same = copy_model(net)
+    assert torch.equal(same.seen, net.seen)
+    assert torch.equal(same.all["maps"][0], net.all["maps"][0])
+    assert net.seen.grad_fn is not None
 
 
 def test_keep_and_first(odd):

@@ -504,6 +504,7 @@ def test_check_finite():
 def test_check_finite_lets_masks_be_and_wants_shapes():
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.full((2, 2), -float("inf")), persistent=False)
+    model.register_buffer("causal", torch.triu(torch.full((3, 3), -float("inf")), 1))
     check_finite(model)
     with pytest.raises(InputError, match="0.weight of the network has no shape yet"):
         check_finite(nn.Sequential(nn.LazyConv2d(3, 3)))

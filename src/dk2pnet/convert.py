@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -55,13 +55,27 @@ class Convolution:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy; `InputError` where the model cannot be copied."""
+    """A deep copy; `InputError` where the model cannot be copied.
+
+    An activation that a module keeps on itself is copied without its graph, which nothing here goes back through.
+    """
+    kept = (each for module in model.modules() for each in _tensors_in(list(vars(module).values())))
+    memo = {id(each): each.detach().clone() for each in kept if not each.is_leaf}
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(
             f"the model {type(model).__name__} cannot be copied ({error}); give one that copy.deepcopy accepts"
         ) from error
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those in lists, tuples and dictionaries, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(each)
 
 
 def find_convolutions(
@@ -80,6 +94,7 @@ def find_convolutions(
             else:
                 found[module] = Convolution(name, module)
     order: list[nn.Module] = []
+    hooked = {m for m in found if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)}
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         site = found[module]
@@ -110,6 +125,8 @@ def find_convolutions(
         site = found[module]
         tied = [name for name in users[module._parameters.get("weight")] if name != site.name]
         site.reason = _reason(site, number == 0 and not first, tied)
+        if not site.reason and module in hooked:
+            site.reason = "it has hooks of the network's own, which would be lost"
         for pattern in patterns:
             names = [site.name, *site.aliases]
             if any(fnmatchcase(name, pattern) or name.startswith(pattern + ".") for name in names):

@@ -36,7 +36,7 @@ def count() -> int:
 
 def rank() -> int:
     """Number of this process."""
-    return dist.get_rank() if count() > 1 else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if count() > 1 else 0 if is_alone() else int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:

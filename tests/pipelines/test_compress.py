@@ -17,6 +17,7 @@ from dk2pnet.nets import lenet
 from dk2pnet.pipelines import closed_form, decomposition, folders
 from dk2pnet.pipelines import compress as pipeline
 from dk2pnet.plan import LayerPlan, Plan
+from dk2pnet.training.checkpoint import digest_of
 
 
 def net(seed=0, norm=True, bias=False, classes=4):
@@ -793,3 +794,46 @@ def test_why_a_layer_stays_dense():
     thin = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3), nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 4))
     result = compress(thin, "macs=1.0", "weight", example_input=ONE)
     assert result.plan.layers[1].reason == "dominant kernels would not be cheaper"
+
+
+def test_a_layer_that_is_silent_takes_no_budget():
+    model = net()
+    with torch.no_grad():  # the first block lets nothing through
+        model[1].weight.zero_()
+        model[1].bias.fill_(-1.0)
+    for criterion in ("response", "loss"):
+        silent, after = (layer for layer in compress(model, "macs=0.6", criterion, X, tune=0).plan.layers[1:3])
+        assert silent.energy_kept in (0.0, None) or silent.kernels <= 6, criterion
+
+
+def test_loss_without_gradients_is_refused():
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = net()[:-1], net()[-1]
+
+        def forward(self, x):
+            return self.head(self.body(x).detach())
+
+    with pytest.raises(InputError, match="none come through the network.*--criterion response"):
+        compress(Probe().eval(), "macs=0.6", "loss", X, tune=0)
+
+
+def test_compiled_and_parallel_wrappers_are_taken_off():
+    plain = compress(net(), "macs=0.6", "response", X, tune=0)
+    for wrapped in (nn.DataParallel(net()), torch.compile(net(), backend="eager")):
+        found = compress(wrapped, "macs=0.6", "response", X, tune=0)
+        assert [layer.counts for layer in found.plan.layers] == [layer.counts for layer in plain.plan.layers]
+
+
+def test_extra_state_of_a_module_is_part_of_what_a_run_is_known_by(tmp_path, no_timing):
+    class Extra(nn.ReLU):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = net()
+    model[2] = Extra()
+    assert len(digest_of(model.state_dict())) == 16

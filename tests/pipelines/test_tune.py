@@ -182,12 +182,17 @@ def test_batches_too_small_for_statistics_freeze_batch_norm(monkeypatch):
 
 
 def test_dropout_is_off_while_tuning_and_back_afterwards(monkeypatch):
-    model = nn.Sequential(*net()[:-1], nn.Dropout(0.5), net()[-1]).eval()
+    class DropPath(nn.Identity):  # timm's
+        drop_prob = 0.2
+
+    model = nn.Sequential(*net()[:-1], DropPath(), nn.Dropout(0.5), net()[-1]).eval()
     rates = []
     real = tune.fit
-    monkeypatch.setattr(tune, "fit", lambda m, *rest, **more: rates.append(m[-2].p) or real(m, *rest, **more))
+    monkeypatch.setattr(
+        tune, "fit", lambda m, *rest, **more: rates.append((m[-2].p, m[-3].drop_prob)) or real(m, *rest, **more)
+    )
     student = compress(model, "kernels=1", "weight", X, tune=3).model
-    assert rates == [0.0]
+    assert rates == [(0.0, 0.0)]
     assert student[-2].p == 0.5
 
 

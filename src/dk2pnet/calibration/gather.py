@@ -249,6 +249,11 @@ def _one_pass(
                             f"returns {shapes}; use --criterion response"
                         )
                     logits = outputs[0]
+                    if not logits.requires_grad:
+                        raise InputError(
+                            "criterion 'loss' needs gradients, and none come through the network to its convolutions "
+                            "(detach() or no_grad() in its forward?); use --criterion response"
+                        )
                     labels = _sampled_labels(logits, first_image + done, seed)
                     F.cross_entropy(logits, labels, reduction="sum").backward()
                 for sums in moments.values():

@@ -146,4 +146,6 @@ def _in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return bool(getattr(modules[str(node.target)], "inplace", False))
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.kwargs.get("inplace") or (node.target is F.relu and node.args[1:2] == (True,)):
+        return True
     return str(name).endswith("_") or node.target in (operator.iadd, operator.isub, operator.imul)

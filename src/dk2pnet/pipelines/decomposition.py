@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from dk2pnet.calibration.store import MomentStore
@@ -43,6 +44,8 @@ def energies_of(site: Convolution, store: MomentStore | None, criterion: str) ->
     conv = site.module
     assert isinstance(conv, nn.Conv2d)
     A, B = _moments(site, store, criterion)
+    if A is not None and not A.diagonal(dim1=-2, dim2=-1).any():  # silent on all images: nothing is known of it
+        return torch.zeros_like(spectrum(conv.weight, None, None, conv.groups))
     W = conv.weight.detach().double().cpu().view(conv.groups, -1, conv.weight[0].numel())
     total = float((W * (W if A is None else W @ A)).sum())
     energies = spectrum(conv.weight, A, None, conv.groups) / max(total, 1e-300)

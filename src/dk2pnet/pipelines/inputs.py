@@ -90,6 +90,9 @@ def open_network(
     """A module as it is, a folder that dk2pnet wrote, or a network by name with weights from a file or "pretrained"."""
     given = Normalization.parse(normalize) if isinstance(normalize, str) else normalize
     if isinstance(model, nn.Module):
+        while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         check_finite(model)
         return Network(model, None, given)
     if is_saved(model):

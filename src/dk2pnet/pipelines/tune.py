@@ -42,6 +42,7 @@ _FEWEST_IMAGES = 100  # below this nobody has measured what automatic tuning doe
 _FEWEST_FOR_BATCH_NORM = 16  # images in a batch, for statistics of their own
 _CROP = 0.5  # the least share of a large image
 _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
+_DROPOUTS = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # torchvision's own, whose rate is called p too
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
@@ -246,11 +247,15 @@ def all_alike(images: Images) -> bool:
 @contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
     """The student starts at the teacher's answers: noise in it would only hide what is left to learn."""
-    rates = {m: m.p for m in model.modules() if isinstance(m, _DropoutNd) or type(m).__name__ == "StochasticDepth"}
+    rates = {(m, "p"): m.p for m in model.modules() if isinstance(m, _DropoutNd) or type(m).__name__ in _DROPOUTS}
+    # timm's, which is a float there; in other modules it may be anything.
+    rates |= {
+        (m, "drop_prob"): m.drop_prob for m in model.modules() if isinstance(getattr(m, "drop_prob", None), float)
+    }
     try:
-        for module in rates:
-            module.p = 0.0
+        for module, name in rates:
+            setattr(module, name, 0.0)
         yield
     finally:
-        for module, rate in rates.items():
-            module.p = rate
+        for (module, name), rate in rates.items():
+            setattr(module, name, rate)

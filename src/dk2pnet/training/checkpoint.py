@@ -136,7 +136,10 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in tensors.items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(value, Tensor) and not value.is_quantized:
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        else:  # extra state of a module of the network's own
+            digest.update(repr(value).encode())
     return digest.hexdigest()[:16]
 
 
