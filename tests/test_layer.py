@@ -484,3 +484,15 @@ def test_a_step_of_training_lowers_the_loss(form, groups):
 
 def test_one_count_may_be_any_whole_number():
     assert DKConv2d(4, 8, 3, counts=np.int64(2)).counts == [2] * 4
+
+
+def test_padding_that_was_set_afterwards_pads_as_the_convolution_does():
+    """PyTorch works out once how much it pads when the padding is not zeros."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")
+    conv.dilation = conv.padding = (2, 2)
+    layer, x = DKConv2d.from_dense(conv, 9), torch.randn(2, 4, 8, 8)
+    for form in FORMS:
+        layer.form = form
+        torch.testing.assert_close(layer(x), conv(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.to_dense()(x), conv(x), rtol=1e-4, atol=1e-5)

@@ -201,6 +201,7 @@ class DKConv2d(nn.Module):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
+        layer._pad_outside = tuple(conv._reversed_padding_repeated_twice)  # padding set afterwards does not change it
         return layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
     @classmethod
@@ -257,6 +258,7 @@ class DKConv2d(nn.Module):
             device=self.kernels.device,
             dtype=self.kernels.dtype,
         )
+        conv._reversed_padding_repeated_twice = list(self._pad_outside)
         with torch.no_grad():
             conv.weight.copy_(self.fold())
             if self.bias is not None and conv.bias is not None:

@@ -152,14 +152,15 @@ def test_what_makes_it_worse_is_not_kept(monkeypatch):
     assert torch.equal(found.model(first), plain.model(first))
 
 
-def test_no_number_while_tuning_goes_back_to_the_closed_form(monkeypatch, caplog):
+@pytest.mark.parametrize("tune_for", [5, "2s"])
+def test_no_number_while_tuning_goes_back_to_the_closed_form(tune_for, monkeypatch, caplog):
     def broken(*args, **more):
-        raise trainer.NotFinite("the loss is not finite at step 3 of 5")
+        raise trainer.NotFinite("the loss is not finite at step 3 of 5; lower the learning rate with --lr")
 
     monkeypatch.setattr(tune, "fit", broken)
     with caplog.at_level(logging.WARNING):
-        found = compress(net(), "kernels=1", "weight", X, tune=5)
-    assert "the closed form is kept: the loss is not finite at step 3" in caplog.text
+        found = compress(net(), "kernels=1", "weight", X, tune=tune_for)
+    assert "the closed form is kept: the loss is not finite at step 3 of 5\n" in caplog.text
     assert decision_of(found)["after"] is None
     assert not decision_of(found)["kept"]
 

@@ -165,7 +165,8 @@ class Tuner:
         try:
             self._train(tuned, solved, steps, folder, self.rate_for(start))
         except NotFinite as error:
-            _log.warning("tuning was given up, the closed form is kept: %s", error)
+            what = str(error).split(";")[0]  # its advice is for a training that was asked for
+            _log.warning("tuning was given up, the closed form is kept: %s", what)
             before = divergence(self.teacher_held, start)
             decision = {"what": "tuning (given up)", "before": before, "after": None, "kept": False}
             solved.decisions.append(decision | {"measure": measure_of(self.teacher_held)})
@@ -195,6 +196,8 @@ class Tuner:
         quiet, self.progress = self.progress, lambda what, done, total: times.append(time.perf_counter())
         try:
             self._train(copy_model(solved.student), solved, _WARM + _TIMED, None, self.options.learning_rate)
+        except NotFinite:
+            return 1  # which meets it again, and gives up
         finally:
             self.progress = quiet
         each = statistics.median(b - a for a, b in zip(times[_WARM - 1 :], times[_WARM:], strict=False))
