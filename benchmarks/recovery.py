@@ -26,7 +26,9 @@ def pooled(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor
     return euclidean(student, teacher, temperature)
 
 
-METHODS["mir"] = Method(hint=pooled, beta=10.0)
+def add_mir() -> None:
+    """Make ``mir`` a method of training in this process."""
+    METHODS["mir"] = Method(hint=pooled, beta=10.0)
 
 
 def penultimate(student: nn.Module, teacher: nn.Module, example: Tensor) -> tuple[str, ...]:

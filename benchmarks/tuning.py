@@ -34,7 +34,7 @@ from dk2pnet.pipelines.images import Images, named_images
 from dk2pnet.pipelines.inputs import environment, load_data, open_network
 from dk2pnet.pipelines.tune import OPTIONS, Tuner
 from dk2pnet.plan import Budget
-from recovery import fskd, penultimate
+from recovery import add_mir, fskd, penultimate
 
 KEYS = (
     "budget",
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[150, 500])
     parser.add_argument("--only", nargs="+", choices=list(LOSSES))
     options = parser.parse_args()
+    add_mir()
     bench = Bench(options)
     for number in options.budgets:
         budget = f"macs={number:g}"

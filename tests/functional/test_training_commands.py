@@ -132,7 +132,7 @@ def test_ctrl_c_says_that_the_run_can_go_on(place):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "what had begun goes on when the command is repeated" in " ".join(said.split())
+    assert "from an OUT.unfinished the same command goes on" in " ".join(said.split())
     assert checkpoints(place / "stopped")
     assert not (place / "stopped").exists()
     shutil.rmtree(place / "stopped.unfinished")
