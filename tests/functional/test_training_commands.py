@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from command_line import FILES, LOGS, accuracy_in, error_of, figures, here, snapshot, works
+from command_line import FILES, LOGS, error_of, figures, here, snapshot, works
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -84,7 +84,7 @@ def test_a_compressed_network_is_trained_on(place):
     assert figures(place / "tuned")["network"]["macs"] == figures(place / "small")["student"]["macs"]
     assert figures(place / "tuned")["network"]["accuracy"] > figures(place / "small")["student"]["accuracy"]
     onnx = works(here, "evaluate", "--model", "tuned/model.onnx", "--data", "digits", cwd=place)
-    assert accuracy_in(onnx) == pytest.approx(figures(place / "tuned")["network"]["accuracy"], abs=0.3)
+    assert f"accuracy {figures(place / 'tuned')['network']['accuracy']:.2f} %" in onnx.out
 
 
 REFUSED = {

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.usefixtures("quick_timing")
 
 
 def not_tuned(result):
-    """Why there was no tuning; there are notes about the file beside it."""
-    return [note for note in result.metrics["notes"] if note.startswith("no tuning")]
+    """All notes but the two about the file and its times, which hang on the machine."""
+    of_file = ("layers of dominant kernels run as one dense", "the machine was unsteady")
+    return [note for note in result.metrics["notes"] if not any(text in note for text in of_file)]
 
 
 def smooth(count=160, seed=0):

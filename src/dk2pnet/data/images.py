@@ -296,7 +296,7 @@ class ImageData:
             return self
         if sorted(self.classes) != sorted(other.classes):
             raise InputError(
-                f"a split of {self.name!r} has the classes {', '.join(self.classes[:4])}, ..., and {other.name!r} has "
+                f"{self.name!r} has the classes {', '.join(self.classes[:4])}, ..., and {other.name!r} has "
                 f"{', '.join(other.classes[:4])}, ...; expected the same"
             )
         numbers = torch.tensor([other.classes.index(each) for each in self.classes])

@@ -18,6 +18,7 @@ from dk2pnet.data import ImageData, Normalization, calibration_split, has_split,
 from dk2pnet.data.images import generator_for
 from dk2pnet.deploy.onnx import Feed
 from dk2pnet.errors import InputError
+from dk2pnet.pipelines.inputs import load_test
 
 __all__ = ["Feeds", "array_feeds", "batch_size_of", "example_feed", "image_feeds"]
 
@@ -144,8 +145,7 @@ def image_feeds(
     )
     test = None
     if has_split(name, "train", data_dir) and has_split(name, "test", data_dir):
-        test = load(name, "test", data_dir=data_dir, size=training.size, channels=training.channels)
-        test = test.numbered_like(training)
+        test = load_test(name, training, data_dir)
         training = split_training(training)[0]
     normalization.check(training.channels)
     gather, held_out = calibration_split(training, count)

@@ -76,11 +76,7 @@ def named_images(
     elif holdout is not None:
         decided_by = holdout.name
         norm.check(holdout.channels)
-        if holdout.classes and training.classes and holdout.classes != training.classes:
-            raise InputError(
-                f"the holdout images in {holdout.name} have the classes {', '.join(holdout.classes[:4])}, ..., and "
-                f"{training.name!r} has {', '.join(training.classes[:4])}, ...; expected the same, in the same order"
-            )
+        holdout = holdout.numbered_like(training)
     kept, validation = split_training(training)
     decide = validation if holdout is None else holdout
     if calibration is not None:
