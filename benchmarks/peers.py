@@ -144,7 +144,7 @@ class Harness:
                 found.append(self.with_batch_norm(best[1].eval()))
         return self.closer(*found)
 
-    def student(self, method: str, budget: float) -> nn.Module:
+    def student(self, method: str, budget: float, seed: int = 0) -> nn.Module:
         if method.startswith("ours"):
             options = self.options
             student = dk2pnet.compress(
@@ -156,6 +156,7 @@ class Harness:
                 weights=options.weights,
                 normalize=options.normalize,
                 data_dir=options.data_dir,
+                seed=seed,
             ).model
             set_form(student, "folded")
             return student
