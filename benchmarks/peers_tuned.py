@@ -7,10 +7,10 @@ Every method of peers.py starts as there, at the same multiply-adds of the whole
 tunes: the same 2,000 images without labels, 150 steps, Euclidean hints, Adam. Each chooses for itself, by the agreement
 with the teacher on the validation tenth of the training split: first the learning rate with batch norm in training mode
 (3e-3 and 1e-2, then further in the direction of the better one as long as that helps), then frozen batch norm at that
-rate; its best row is made again with the other seeds, which set the order of the images and their augmentation and, where
-a method draws any, the random numbers of its start. Ours is tuned in the plain form, as all others, and in the whitened one, so that the preconditioner is not taken
-for the decomposition. Test accuracy is shown, and chooses nothing. Starts are kept in FOLDER, rows already in the JSON
-are not made again. Writes benchmarks/results/peers_tuned-MODEL.json.
+rate. The best row is made again with the other seeds, which set the order of the images, their augmentation and, where
+a method draws any, the random numbers of its start. Ours is tuned in the plain form, as all others, and in the whitened
+one, so that the preconditioner is not taken for the decomposition. Test accuracy is shown, and chooses nothing. Starts
+are kept in FOLDER, rows already in the JSON are not made again. Writes benchmarks/results/peers_tuned-MODEL.json.
 """
 
 from __future__ import annotations
