@@ -37,7 +37,12 @@ def penultimate(student: nn.Module, teacher: nn.Module, example: Tensor) -> tupl
     return (f"{pair.teacher}={pair.student}",)
 
 
-def fskd(student: nn.Module, teacher: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+def fskd(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    device: torch.device | str = "cpu",
+) -> None:
     """Fit a 1x1 convolution behind each DK layer (of one group), in order, and absorb it into the combination.
 
     Least squares from the student's output, as it is with all layers before it fitted, to the teacher's; in float64
@@ -52,12 +57,12 @@ def fskd(student: nn.Module, teacher: nn.Module, batches: Iterable[tuple[Tensor,
             cross: Tensor | float = 0.0
             with capture(student, [Tap(name)]) as own, capture(teacher, [Tap(name)]) as wanted:
                 for x, _ in batches:
-                    student(x)
-                    teacher(x)
+                    student(x.to(device))
+                    teacher(x.to(device))
                     mine, target = (maps[name].double().transpose(0, 1).flatten(1) for maps in (own, wanted))
                     gram, cross = gram + mine @ mine.T, cross + target @ mine.T
             assert isinstance(gram, Tensor)
-            damping = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+            damping = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
             fitted = torch.linalg.solve(gram + damping, (cross + damping).T).T
             layer.combination.copy_((fitted @ layer.combination.double().flatten(1)).view_as(layer.combination))
             if layer.bias is not None:

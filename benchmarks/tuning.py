@@ -10,7 +10,7 @@ the closed form of 2,000 calibration images without labels (a fifth of them only
 only shown; what chooses is the KL(teacher || student) on the validation tenth of the training split. The seed sets the
 sampled positions and labels of the moments, the order of the images and their augmentation. Rows already in the JSON
 are not made again; closed forms and checkpoints lie in FOLDER, so that a killed run goes on. Writes
-benchmarks/results/tuning-PART-MODEL.json.
+benchmarks/results/tuning-PART-MODEL.json. With --device cuda closed forms are still made on the CPU, and tuned there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from typing import Any
 import torch
 
 from common import Rows, network_parser, searched
+from dk2pnet.convert import copy_model
 from dk2pnet.data import calibration_split, split_training
 from dk2pnet.measure import accuracy, agreement, divergence, macs, predict
 from dk2pnet.pipelines.clock import Clock
 from dk2pnet.pipelines.closed_form import ClosedForm, Solved, renormalized, solved_once
 from dk2pnet.pipelines.images import Images, named_images
-from dk2pnet.pipelines.inputs import environment, load_data, open_network
+from dk2pnet.pipelines.inputs import environment, load_data, open_network, pick_device
 from dk2pnet.pipelines.tune import OPTIONS, Tuner
 from dk2pnet.plan import Budget
 from recovery import add_mir, fskd, penultimate
@@ -84,6 +85,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "Euclidean hints + KD": {"method": "euclidean", "distill": 1.0},
     "Euclidean hints + 0.1 KD": {"method": "euclidean", "distill": 0.1},
 }
+# How many images, and whose.
+SOURCES = [{"images": images} for images in (100, 500, 2000, 10000)] + [{"whose": "cifar100"}]
 
 
 class Bench:
@@ -106,10 +109,14 @@ class Bench:
         self.validation = validation.without_labels().batches(128, self.norm)
         self.test_batches = self.test.batches(128, self.norm)
         self.example = next(iter(self.validation))[0][:1]
-        self.cpu = torch.device("cpu")
-        self.answers = predict(self.teacher, self.validation)
-        self.teacher_accuracy = accuracy(predict(self.teacher, self.test_batches))
         self.solved: dict[tuple, tuple[Images, Any, Solved, float]] = {}  # the last one only
+        self.use(pick_device(options.device))
+
+    def use(self, device: torch.device) -> None:
+        """Tune and measure there."""
+        self.device, self.tuning_teacher = device, copy_model(self.teacher).to(device)
+        self.answers = predict(self.tuning_teacher, self.validation, device)
+        self.teacher_accuracy = accuracy(predict(self.tuning_teacher, self.test_batches, device))
 
     def images(self, row: dict) -> Images:
         images = named_images(self.training, None, self.network, row["images"])
@@ -145,13 +152,13 @@ class Bench:
 
     def run(self, row: dict) -> dict:
         images, held, solved, seconds = self.closed_form(row)
-        start = Solved(solved.student, solved.plan, [], [], solved.whitenings)
+        student, example = copy_model(solved.student).to(self.device), self.example.to(self.device)
+        start = Solved(student, solved.plan, [], [], solved.whitenings)
         found: dict[str, Any] = {"closed_form_seconds": seconds}
-        student = solved.student
         if row["method"] == "fskd":
             began = time.perf_counter()
-            fskd(student, self.teacher, images.gather)
-            student = renormalized(student, held, images.gather, images.held_out, self.cpu, [])
+            fskd(student, self.tuning_teacher, images.gather, self.device)
+            student = renormalized(student, held, images.gather, images.held_out, self.device, [])
             found["seconds"] = time.perf_counter() - began
         elif row["steps"]:
             options = None
@@ -161,14 +168,14 @@ class Bench:
                     **{key: row[key] for key in ("method", "beta", "distill", "tau", "kp_tau")},
                     learning_rate=row["lr"],
                     batch_norm=row["bn"],
-                    hints=penultimate(student, self.teacher, self.example) if row["method"] == "mir" else (),
+                    hints=penultimate(student, self.tuning_teacher, example) if row["method"] == "mir" else (),
                 )
             times: list[float] = []
             tuner = Tuner(
-                self.teacher,
+                self.tuning_teacher,
                 held,
                 images,
-                example=self.example,
+                example=example,
                 name=self.options.data,
                 normalization=self.norm,
                 seed=row["seed"],
@@ -176,25 +183,25 @@ class Bench:
                 whitened=row["whitened"],
                 progress=lambda *_: times.append(time.perf_counter()),
             )
-            found["rate"] = tuner.rate_for(predict(student, images.held_out))
+            found["rate"] = tuner.rate_for(predict(student, images.held_out, self.device))
             tuned = tuner.tune(start, row["steps"])
             found["kept"] = tuned is not None  # else the student stays as it was, as in `compress`
             student = tuned or student
             # By the median, as the process may have been stopped for a while.
             found["seconds"] = row["steps"] * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
-        answers = predict(student, self.validation)
+        answers = predict(student, self.validation, self.device)
         found |= {
-            "accuracy": accuracy(predict(student, self.test_batches)),
+            "accuracy": accuracy(predict(student, self.test_batches, self.device)),
             "validation_kl": divergence(self.answers, answers),
             "validation_agreement": agreement(self.answers, answers),
-            "macs_kept": macs(student, self.example) / solved.plan.macs_dense,
+            "macs_kept": macs(student, example) / solved.plan.macs_dense,
             "threads": torch.get_num_threads(),
         }
         return found
 
     def record(self, row: dict) -> None:
         about = {"model": self.options.model, "teacher_accuracy": self.teacher_accuracy}
-        self.rows.add(row, {**about, "environment": environment(self.cpu)})
+        self.rows.add(row, {**about, "environment": environment(self.device)})
 
 
 def _key(row: Mapping[str, Any]) -> tuple:
@@ -233,6 +240,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.15])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", nargs="+", type=int, default=[150, 500])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", choices=list(LOSSES))
     options = parser.parse_args()
     add_mir()
@@ -244,13 +252,13 @@ def main() -> None:
             continue
         for seed in options.seeds:
             base = DEFAULT | {"budget": budget, "seed": seed}
-            for steps in (0, *options.steps):
-                if options.part == "budgets":
+            if options.part == "budgets":
+                for steps in (0, *options.steps):
                     made(bench, base | {"steps": steps})
-                    continue
-                for images in (100, 500, 2000, 10000):
-                    made(bench, base | {"images": images, "steps": steps})
-                made(bench, base | {"whose": "cifar100", "steps": steps})
+                continue
+            for source in SOURCES:
+                for steps in options.steps:
+                    made(bench, base | source | {"steps": steps})
 
 
 if __name__ == "__main__":
