@@ -429,23 +429,23 @@ def peers_tuned(model: str) -> Callable[[], str]:
             found.setdefault((row["budget"], row["method"]), []).append(row)
         rows = []
         for (budget, method), group in found.items():
-            tuned = [row for row in group if row["lr"]]
-            if not any(row["bn"] == "frozen" for row in tuned):  # the search is not at its end
+            seeds = over_seeds([row for row in group if row["lr"]])
+            if not seeds:
                 continue
-            start = next(row for row in group if not row["lr"])
-            best = max(tuned, key=lambda row: row["validation_agreement"])
+            starts = [row["accuracy"] for row in group if not row["lr"]]
+            best, agreement = seeds[0], [row["validation_agreement"] for row in seeds]
             rows.append(
                 (
-                    (-budget, -best["validation_agreement"]),
+                    (-budget, -mean(agreement)),
                     f"{budget:g}",
                     method,
                     f"{best['macs_kept']:.3f}",
                     f"{best['parameters']:,}",
-                    f"{start['accuracy']:.2f}",
+                    f"{mean(starts):.2f}",
                     f"{best['lr']:g}",
                     best["bn"],
-                    f"{best['validation_agreement']:.2f}",
-                    f"{best['accuracy']:.2f}",
+                    mean_and_spread(agreement),
+                    mean_and_spread([row["accuracy"] for row in seeds]),
                 )
             )
         header = (
@@ -533,11 +533,10 @@ def tuning_losses() -> str:
         for row in read(f"tuning-losses-{model}")["rows"]:
             methods.setdefault((row["budget"], row["name"]), []).append(row)
         for (budget, name), rows in methods.items():
-            first = [row for row in rows if row["seed"] == min(row["seed"] for row in rows)]
-            if first[0]["steps"] and not any(row["bn"] == "frozen" for row in first):
+            seeds = over_seeds(rows)
+            if not seeds:
                 continue
-            chosen = max(first, key=lambda row: row["validation_agreement"])
-            seeds = [row for row in rows if (row["lr"], row["bn"]) == (chosen["lr"], chosen["bn"])]
+            chosen = seeds[0]
             agreement = [row["validation_agreement"] for row in seeds]
             cells = (
                 f"{chosen['lr']:g}" if chosen["steps"] else "–",
@@ -550,6 +549,33 @@ def tuning_losses() -> str:
     return markdown_table(("network", *_LOSSES_HEADER), [row for *_, row in sorted(best)])
 
 
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """Of a method's rows (`common.searched` at the first seed) those of its best rate and mode; none before its end."""
+    first = [row for row in rows if row["seed"] == min(row["seed"] for row in rows)]
+    if len(first) > 1 and not any(row["bn"] == "frozen" for row in first):
+        return []
+
+    def alike(best: dict) -> list[dict]:
+        return [row for row in rows if (row["lr"], row["bn"]) == (best["lr"], best["bn"])]
+
+    # Of two that agree equally it is the one that was made again.
+    return alike(max(first, key=lambda row: (row["validation_agreement"], len(alike(row)))))
+
+
+def tuning_images() -> str:
+    """How many images, and whose."""
+    found: dict[tuple, list[dict]] = {}
+    for row in read("tuning-images-resnet32")["rows"]:
+        found.setdefault((row["budget"], row["steps"], row["whose"], row["images"]), []).append(row)
+    rows = []
+    for (budget, steps, whose, images), seeds in sorted(found.items()):
+        agreement = mean_and_spread([row["validation_agreement"] for row in seeds])
+        accuracy = mean_and_spread([row["accuracy"] for row in seeds])
+        source = f"{images:,} of {whose.upper().replace('CIFAR', 'CIFAR-')}"
+        rows.append((budget, f"{steps}", source, agreement, accuracy))
+    return markdown_table(("budget", "steps", "images", "validation agreement %", "accuracy %"), rows)
+
+
 _LOSSES_HEADER = (
     "budget",
     "taught by",
@@ -559,25 +585,6 @@ _LOSSES_HEADER = (
     "validation agreement %",
     "accuracy %",
 )
-
-
-def tuning_losses_before() -> str:
-    found = sorted(
-        read("tuning-losses-resnet32-before")["rows"], key=lambda row: (row["budget"], -row["validation_agreement"])
-    )
-    rows = [
-        (
-            row["budget"],
-            row["name"],
-            f"{row['lr']:g}",
-            row["bn"],
-            f"{row['validation_kl']:.3f}",
-            f"{row['validation_agreement']:.2f}",
-            f"{row['accuracy']:.2f}",
-        )
-        for row in found
-    ]
-    return markdown_table(_LOSSES_HEADER, rows)
 
 
 def points(model: str) -> Callable[[], str]:
@@ -714,7 +721,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning-resnet44-before": tuning("resnet44-before"),
     "tuning-rates": tuning_rates,
     "tuning-losses": tuning_losses,
-    "tuning-losses-before": tuning_losses_before,
+    "tuning-images": tuning_images,
     "large-tuning": large_tuning,
     "points-resnet32": points("resnet32"),
     "explore-resnet32": explored("resnet32"),
