@@ -16,6 +16,7 @@ from dk2pnet.measure import (
     divergence,
     evaluation,
     is_classifier,
+    layout_of,
     macs,
     outputs_of,
     parameters,
@@ -23,6 +24,7 @@ from dk2pnet.measure import (
     use_form,
 )
 from dk2pnet.nets import lenet, resnet20
+from toys import by_view, network
 
 
 def dk(counts, outputs=8, groups=1, bias=True, stride=1):
@@ -163,6 +165,25 @@ def test_predict_collects_outputs_and_labels():
     assert predict(model, [(x, None)]).labels is None
     with pytest.raises(InputError, match="no images"):
         predict(model, [])
+
+
+def test_the_layout_is_the_faster_one_where_the_network_can():
+    x, layouts = torch.randn(4, 3, 8, 8), []
+    plain, able = by_view(), network()
+    for model in (plain, able):
+        model[0] = nn.Conv2d(3, 8, 3, padding=1)
+        model[0].register_forward_pre_hook(
+            lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    able.load_state_dict(plain.state_dict())
+    assert layout_of(x, able) == torch.channels_last
+    assert layout_of(x, able, plain) == torch.contiguous_format
+    assert layout_of(torch.randn(4, 8)) == torch.contiguous_format
+    with evaluation(plain):
+        expected = plain(x)
+    for model, fast in ((able, True), (plain, False)):
+        torch.testing.assert_close(predict(model, [(x, None), (x, None)]).outputs[0], torch.cat([expected] * 2))
+        assert layouts[-2:] == [fast, fast]
 
 
 def test_accuracy():

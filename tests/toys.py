@@ -41,6 +41,20 @@ def network(seed=0):
     )
 
 
+class ByView(nn.Module):
+    """Flattens as many networks do, which is an error where maps lie channels last."""
+
+    def forward(self, x):
+        return x.view(x.size(0), -1)
+
+
+def by_view(seed=0):
+    """The same network."""
+    model = network(seed)
+    model[6] = ByView()
+    return model
+
+
 def run(model, data=None, options=OPTIONS, **more):
     data = toy() if data is None else data
     return train(model, lambda epoch: data, options, example=ONE, steps_per_epoch=len(data), **more)

@@ -23,6 +23,7 @@ __all__ = [
     "in_layout",
     "is_classifier",
     "kept_modes",
+    "layout_of",
     "macs",
     "outputs_of",
     "parameters",
@@ -106,6 +107,23 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def layout_of(x: Tensor, *models: nn.Module) -> torch.memory_format:
+    """The memory format of images in which convolutions run faster, if all `models` can: some flatten by ``view``.
+
+    Tried with the images `x`, ``(B, C, H, W)``, and the weights in the format that they are in.
+    """
+    if x.dim() != 4:
+        return torch.contiguous_format
+    x = x.to(memory_format=torch.channels_last)
+    try:
+        for model in models:
+            with evaluation(model):
+                model(x)
+    except Exception:  # whatever it is, it will be met again, and said, in the usual format
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 class Predictions:
     """What a network answers to a set of images: `outputs` (one tensor per output), `labels` or None."""
 
@@ -142,10 +160,12 @@ def predict(
     """Run `model` in evaluation mode over normalised `batches`."""
     rows: list[list[Tensor]] = []
     labels: list[Tensor] = []
-    done = 0
+    done, layout = 0, None
     with evaluation(model):
         for x, y in batches:
-            rows.append([output.float().cpu() for output in outputs_of(model(x.to(device)))])
+            x = x.to(device)
+            layout = layout or layout_of(x[:2], model)
+            rows.append([output.float().cpu() for output in outputs_of(model(x.to(memory_format=layout)))])
             if y is not None:
                 labels.append(y.cpu())
             done += len(x)

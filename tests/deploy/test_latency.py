@@ -12,6 +12,7 @@ from dk2pnet.deploy import latency
 from dk2pnet.deploy.latency import _summary, compare_latency, conditions, is_onnx
 from dk2pnet.deploy.onnx import Feed, export_onnx, onnx_bytes
 from dk2pnet.errors import InputError
+from toys import by_view
 
 
 def test_another_distribution_may_have_the_runtime(monkeypatch):
@@ -99,6 +100,13 @@ def test_every_target_sees_which_network_is_slower(target):
     result = compare_latency(networks, example, target=target, threads=1, seconds=0.1)
     assert result["heavy"].low_ms > result["light"].high_ms
     assert torch.get_num_threads() == threads
+
+
+def test_a_network_that_cannot_be_channels_last_is_timed_as_it_is():
+    model = by_view()
+    found = compare_latency({"it": model}, torch.zeros(1, 1, 8, 8), target="pytorch", seconds=0.01)
+    assert found["it"].median_ms > 0
+    assert model[3].weight.is_contiguous()
 
 
 def test_each_network_may_have_an_input_of_its_own():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import evaluation
+from dk2pnet.measure import evaluation, layout_of
 
 __all__ = ["correct_biases", "has_batch_norm", "reestimate_batch_norm"]
 
@@ -31,16 +31,18 @@ def reestimate_batch_norm(model: nn.Module, batches: _Batches, device: torch.dev
     before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     with evaluation(model):
         try:
-            fresh = True
+            layout = None
             for x, _ in batches:
                 if len(x) < 2:
                     continue
-                for norm in norms if fresh else []:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # cumulative average
-                    norm.train()
-                fresh = False
-                model(x.to(device))
+                x = x.to(device)
+                if layout is None:
+                    layout = layout_of(x[:2], model)
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # cumulative average
+                        norm.train()
+                model(x.to(memory_format=layout))
         finally:
             for norm, momentum, buffers in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dk2pnet.deploy.onnx import Feed, session
 from dk2pnet.errors import InputError
-from dk2pnet.measure import in_layout
+from dk2pnet.measure import in_layout, layout_of
 from dk2pnet.processes import processor
 
 __all__ = [
@@ -288,9 +288,11 @@ def _in_pytorch(network: nn.Module, example: np.ndarray | Tensor, target: str) -
         raise InputError(f"{type(network).__name__} cannot be copied to time it ({error})") from error
     x = example.detach() if isinstance(example, Tensor) else torch.from_numpy(example)
     x = x.to(device)
-    if x.dim() == 4:  # the layout in which PyTorch's convolutions are fastest on processors and GPUs
-        x = x.to(memory_format=torch.channels_last)
-        in_layout(module, torch.channels_last)
+    # The layout in which PyTorch's convolutions are fastest on processors and GPUs, for networks that can.
+    in_layout(module, torch.channels_last)
+    layout = layout_of(x, module)
+    in_layout(module, layout)
+    x = x.to(memory_format=layout)
     function = torch.compile(module, dynamic=False) if target == "pytorch-compile" else module
 
     def call() -> object:

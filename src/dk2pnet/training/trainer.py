@@ -20,7 +20,7 @@ from dk2pnet.data import Batches
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, outputs_of, use_form
+from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, layout_of, outputs_of, use_form
 from dk2pnet.processes import is_alone
 from dk2pnet.training.checkpoint import Checkpoints, digest_of, random_state, set_random_state
 from dk2pnet.training.hints import find_pairs, parse_hints
@@ -35,7 +35,6 @@ PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("sgd", "adam")
 BATCH_NORMS = ("training", "frozen")
 _LOG_STEPS = 50  # between two lines of the log
-_LAYOUT = torch.channels_last  # convolutions run faster in it, on CPUs and GPUs
 _SEPARATE = 24  # channels from which a CPU trains one kernel per channel faster as two convolutions
 _CLIP = 5.0  # largest norm of all gradients together
 _log = logging.getLogger(__name__)
@@ -206,13 +205,14 @@ def train(
         stack.enter_context(kept_modes(model))
         stack.enter_context(use_form(model, "folded"))
         _train_form(model, device, whitenings or {})
-        stack.enter_context(_fast_layout(model))
+        teacher = teacher.to(device) if teacher is not None and method.teacher else None
+        half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        with half:
+            layout = stack.enter_context(_fast_layout(example, [model] if teacher is None else [model, teacher]))
         stack.enter_context(whitened(model, whitenings or {}))
         teaching = None
         pairs, taps, hints, classes = [], [], [], 0
-        if teacher is not None and method.teacher:
-            teacher.to(device)
-            stack.enter_context(_fast_layout(teacher))
+        if teacher is not None:
             if method.hint is not None:
                 pairs = _pairs(model, teacher, method, options, example)
                 taps, hints = taps_of(model, teacher, pairs, method, example)
@@ -225,7 +225,7 @@ def train(
         step, sums = 0, {}
         if method.regress == "probe" and teaching is not None:
             channels = [count for _, count in hints]
-            fit_probes(teaching, channels, classes, () if state else _moved(epoch_of(0), device))
+            fit_probes(teaching, channels, classes, () if state else _moved(epoch_of(0), device, layout))
         if state is not None:
             step, sums = state["step"], state["sums"]
             student.load_state_dict(state["student"])
@@ -239,7 +239,6 @@ def train(
             teaching = torch.compile(teaching) if teaching is not None else None
         log = TrainingLog(folder if accelerator.is_main_process else None, step)
         stack.callback(log.close)
-        half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
         @cache
         def classifies() -> bool:
@@ -263,7 +262,7 @@ def train(
                 sums = {}
             until = min((epoch + 1) * steps_per_epoch, total)
             for x, y in islice(batches, until - step):
-                x, y = x.to(device, memory_format=_LAYOUT), None if y is None else y.to(device)
+                x, y = x.to(device, memory_format=layout), None if y is None else y.to(device)
                 stage = next(each for each in stages if step < each.stop)
                 with half, _one_image():
                     terms, loss = _loss(forward, teaching, x, y, stage, method, options, step / total, classifies)
@@ -332,19 +331,24 @@ def _from(batches: Iterable[_Batch], first: int, rank: int, world: int) -> Itera
     return ((x[rank::world], None if y is None else y[rank::world]) for x, y in rest)
 
 
-def _moved(batches: Iterable[_Batch], device: torch.device) -> Iterator[_Batch]:
+def _moved(batches: Iterable[_Batch], device: torch.device, layout: torch.memory_format) -> Iterator[_Batch]:
     for x, y in batches:
-        yield x.to(device, memory_format=_LAYOUT), y
+        yield x.to(device, memory_format=layout), y
 
 
 @contextmanager
-def _fast_layout(model: nn.Module) -> Iterator[None]:
-    """Weights in the layout that convolutions run faster in, inside the block; then as is usual."""
-    in_layout(model, _LAYOUT)
+def _fast_layout(example: Tensor, models: Sequence[nn.Module]) -> Iterator[torch.memory_format]:
+    """Weights in the layout that convolutions run faster in, if all models can, inside the block; then as is usual."""
     try:
-        yield
+        for model in models:
+            in_layout(model, torch.channels_last)
+        layout = layout_of(torch.cat([example, example]), *models)  # the strides of one image say too little
+        for model in models:
+            in_layout(model, layout)
+        yield layout
     finally:
-        in_layout(model, torch.contiguous_format)
+        for model in models:
+            in_layout(model, torch.contiguous_format)
 
 
 def _train_form(model: nn.Module, device: torch.device, whitenings: Mapping[str, Whitening]) -> None:
