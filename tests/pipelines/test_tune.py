@@ -16,9 +16,12 @@ from dk2pnet import InputError, compress
 from dk2pnet.calibration.statistics import reestimate_batch_norm
 from dk2pnet.measure import Predictions, divergence, macs, predict
 from dk2pnet.models import make_network
-from dk2pnet.pipelines import fit, tune
+from dk2pnet.pipelines import closed_form, fit, tune
 from dk2pnet.pipelines.images import user_images
+from dk2pnet.pipelines.inputs import Network
+from dk2pnet.pipelines.speed import Spent
 from dk2pnet.pipelines.tune import AUTOMATIC_MACS, tuning_of
+from dk2pnet.plan import Budget
 from dk2pnet.training import trainer
 from toys import OPTIONS, network, run, toy
 
@@ -136,7 +139,8 @@ def test_given_with_epochs_it_comes_first():
     assert names(found) == ["teacher", "closed form", "tuned", "trained"]
 
 
-def test_what_makes_it_worse_is_not_kept(monkeypatch):
+def spoiled(monkeypatch):
+    """Every tuning makes the student worse."""
     spoil = tune.Tuner._train
 
     def worse(self, student, solved, steps, folder, rate):
@@ -145,11 +149,53 @@ def test_what_makes_it_worse_is_not_kept(monkeypatch):
             student[-1].weight.mul_(-1)
 
     monkeypatch.setattr(tune.Tuner, "_train", worse)
-    plain = compress(net(), "kernels=1", "weight", X, tune=0)
-    found = compress(net(), "kernels=1", "weight", X, tune=5)
+
+
+@pytest.mark.parametrize("criterion", ["weight", "loss"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_makes_it_worse_is_not_kept_and_nothing_is_solved_twice(monkeypatch, tmp_path, criterion, kept):
+    plain = compress(net(), "kernels=1", criterion, X, tune=0)
+    spoiled(monkeypatch)
+    solves = []
+    real = closed_form.solve_layers
+    monkeypatch.setattr(closed_form, "solve_layers", lambda *args: solves.append(1) or real(*args))
+    found = compress(net(), "kernels=1", criterion, X, tune=5, out=tmp_path / "out" if kept else None)
     assert not decision_of(found)["kept"]
+    assert len(solves) == 1
     first = torch.cat(X)
     assert torch.equal(found.model(first), plain.model(first))
+    said = [each["what"] for each in found.metrics["decisions"]]
+    again = [each["what"] for each in plain.metrics["decisions"]]
+    assert said[-len(again) :] == again
+
+
+def test_a_student_that_was_read_again_is_solved_again_where_its_tuning_is_not_kept(monkeypatch):
+    images = user_images(X, None, 2000)
+    teacher = net()
+    held = predict(teacher, images.held_out)
+    found = []
+    with closed_form.ClosedForm(teacher, held, Network(teacher, None, None), images, X[0][:1], "loss") as closed:
+        solved = closed.solve(Budget.parse("kernels=1"), whiten=True)
+        for factors in (solved.factors, {}):
+            found.append(closed.without_tuning(replace(solved, factors=factors)).student.state_dict())
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+def test_where_tuning_is_not_kept_a_latency_is_not_searched_again(monkeypatch):
+    spoiled(monkeypatch)
+    asked = []
+
+    def spend(fraction, sites, *_, **more):
+        asked.append(fraction)
+        counts = {name: torch.ones(site.module.in_channels, dtype=torch.int64) for name, site in sites.items()}
+        return Spent(counts, dict.fromkeys(counts, "concat"), fraction, [{"asked": fraction, "measured": fraction}])
+
+    monkeypatch.setattr(closed_form, "spend_latency", spend)
+    found = compress(net(), "latency=0.9", "loss", X, tune=5)
+    assert not decision_of(found)["kept"]
+    assert asked == [0.9]
+    assert found.metrics["latency_search"] == [{"asked": 0.9, "measured": 0.9}]
+    assert {layer.form for layer in found.plan.layers if layer.counts} == {"concat"}
 
 
 @pytest.mark.parametrize("tune_for", [5, "2s"])

@@ -50,7 +50,8 @@ _START_IMAGES = 512
 class Solved:
     """A student, its plan, which corrections were kept, and what training it in the whitened form needs.
 
-    ``search``: of a latency budget, what was asked of the table and what was measured.
+    ``search``: of a latency budget, what was asked of the table and what was measured. ``factors`` of the replaced
+    layers, before any correction; a student that was read from a folder has none.
     """
 
     student: nn.Module
@@ -58,6 +59,7 @@ class Solved:
     decisions: list[dict[str, Any]] = field(default_factory=list)
     search: list[dict[str, float]] = field(default_factory=list)
     whitenings: dict[str, Whitening] = field(default_factory=dict)
+    factors: Mapping[str, Factors] = field(default_factory=dict)
 
 
 class ClosedForm:
@@ -147,7 +149,8 @@ class ClosedForm:
         """Select, solve, replace and correct.
 
         With `whiten`, for a student that is going to be tuned: also the whitenings of all DK layers, and no
-        reconstruction, which takes most of the time; whether tuning starts better from it is not measured.
+        reconstruction, which takes most of the time (`without_tuning` makes up for it); whether tuning starts better
+        from it is not measured.
         """
         search: list[dict[str, float]] = []
         forms: dict[str, str] = {}
@@ -171,15 +174,12 @@ class ClosedForm:
         )
         for layer in plan.layers:
             layer.form = forms.get(layer.name, layer.form)  # one of dominant kernels already keeps its own
-        self.progress("solving", 0, len(replaced))
-        with self.clock("solve"):
-            factors = solve_layers(replaced, self.open, self.store, self.criterion, self.progress)
-        student = convert(self.teacher, plan, factors)
-        set_form(student, "folded")
+        factors = self._factors(replaced)
+        student = self._converted(plan, factors)
         _check_called(student, replaced, self.example)
-        solved = Solved(student, plan, search=search)
+        solved = Solved(student, plan, search=search, factors=factors)
         if replaced and self.images is not None:
-            self._correct(solved, factors, replaced, tuned_next=whiten)
+            self._correct(solved, replaced, tuned_next=whiten)
         if whiten:
             with self.clock("whiten"):
                 modules = dict(solved.student.named_modules(remove_duplicate=False))
@@ -190,9 +190,30 @@ class ClosedForm:
                     solved.whitenings[name] = whitening_of(layer, self.store[name].A() if has_moments else None)
         return solved
 
-    def _correct(
-        self, solved: Solved, factors: Mapping[str, Factors], counts: Mapping[str, Tensor], tuned_next: bool
-    ) -> None:
+    def without_tuning(self, solved: Solved) -> Solved:
+        """What `solve` gives without `whiten` at the same plan, for a student whose tuning was not kept."""
+        counts = {
+            layer.name: torch.tensor(layer.counts)
+            for layer in solved.plan.layers
+            if layer.counts is not None and layer.name in self.open
+        }
+        factors = solved.factors or self._factors(counts)
+        student = self._converted(solved.plan, factors)
+        again = Solved(student, solved.plan, list(solved.decisions), solved.search, factors=factors)
+        self._correct(again, counts, tuned_next=False)
+        return again
+
+    def _factors(self, counts: Mapping[str, Tensor]) -> Mapping[str, Factors]:
+        self.progress("solving", 0, len(counts))
+        with self.clock("solve"):
+            return solve_layers(counts, self.open, self.store, self.criterion, self.progress)
+
+    def _converted(self, plan: Plan, factors: Mapping[str, Factors]) -> nn.Module:
+        student = convert(self.teacher, plan, factors)
+        set_form(student, "folded")
+        return student
+
+    def _correct(self, solved: Solved, counts: Mapping[str, Tensor], tuned_next: bool) -> None:
         """Reconstruction (not before tuning), then batch norm or biases; each is kept where it brings the student
         closer."""
         assert self.images is not None
@@ -200,7 +221,7 @@ class ClosedForm:
         device, held, gather = self.example.device, self.images.held_out, self.images.gather
         if self.rebuild and not tuned_next and CRITERIA[self.criterion][0]:
             with self.clock("reconstruct"):
-                better = self._reconstructed(solved.plan, factors, counts)
+                better = self._reconstructed(solved.plan, solved.factors, counts)
             solved.student = keep_better(
                 "layer-by-layer reconstruction",
                 solved.student,
@@ -248,8 +269,7 @@ class ClosedForm:
             device=self.example.device,
             progress=lambda done: self.progress("layer-by-layer reconstruction", done, len(counts)),
         )
-        student = convert(self.teacher, plan, {**factors, **found})
-        set_form(student, "folded")
+        student = self._converted(plan, {**factors, **found})
         state = student.state_dict()  # biases and running means have moved too
         for name, value in dense.state_dict().items():
             if name in state:
@@ -315,7 +335,9 @@ def keep_better(
     decisions: list[dict[str, Any]],
 ) -> nn.Module:
     """The one of two students whose outputs on the held-out images are closer to the teacher's."""
-    old, new = (divergence(teacher_held, predict(model, held_out, device)) for model in (before, after))
+    distances = [divergence(teacher_held, predict(model, held_out, device)) for model in (before, after)]
+    processes.broadcast(distances)  # all take the main process's decision
+    old, new = distances
     measure = measure_of(teacher_held)
     decisions.append({"what": what, "before": old, "after": new, "kept": new < old, "measure": measure})
     return after if new < old else before
@@ -343,8 +365,10 @@ def solved_once(folder: Path, teacher: nn.Module, clock: Clock, solve: Callable[
     With several processes all of them take the main one's.
     """
     kept, notes = folder / "closed-form", "closed-form.json"
+    factors: Mapping[str, Factors] = {}
     if not (folder / notes).exists():
         solved = solve()
+        factors = solved.factors
         if processes.is_main():
             shutil.rmtree(kept, ignore_errors=True)
             kept.mkdir()
@@ -369,7 +393,7 @@ def solved_once(folder: Path, teacher: nn.Module, clock: Clock, solve: Callable[
         name, _, part = key.rpartition("/")
         parts.setdefault(name, {})[part] = tensor
     whitenings = {name: Whitening(**tensors) for name, tensors in parts.items()}
-    return Solved(student, plan, found["decisions"], found["search"], whitenings)
+    return Solved(student, plan, found["decisions"], found["search"], whitenings, factors)
 
 
 def _reasons(sites: Sequence[Convolution]) -> str:

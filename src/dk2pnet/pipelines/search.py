@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from dk2pnet import processes
 from dk2pnet.errors import Refused, TooSmall
 from dk2pnet.estimates import Estimate, estimate
 from dk2pnet.layer import set_form
@@ -109,8 +110,8 @@ class Prober:
                 self.steps = self.tuning.steps or self.tuner.steps_in(self.tuning.seconds or 0.0, solved, self.folder)
             probe.tuned = self.tuner.tune(solved, self.steps, folder / "tuning" if folder is not None else None)
         if probe.tuned is None:  # then the best that can be had without
-            probe.solved = self.closed.solve(budget)
-            probe.solved.decisions = solved.decisions + probe.solved.decisions
+            probe.solved = self.closed.without_tuning(solved)
+        probe.solved.factors = {}
         return probe
 
 
@@ -158,7 +159,9 @@ def smallest(
             least = at if least is None else max(least, at)
             tried.append({"budget": f"{unit}={at:g}", "said": str(error)})
             continue
-        loss = estimate(wanted.kind, teacher, predict(probe.student, deciding, prober.device))
+        estimates = [estimate(wanted.kind, teacher, predict(probe.student, deciding, prober.device))]
+        processes.broadcast(estimates)  # all go on to the same budget
+        loss = estimates[0]
         within = loss.value <= wanted.value
         kept = probe.solved.plan.macs / probe.solved.plan.macs_dense
         tried.append({"budget": str(probe.budget), "macs_kept": kept, "within": within, **loss.to_dict()})
