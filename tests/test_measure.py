@@ -237,3 +237,14 @@ def test_what_a_classifier_is():
     assert is_classifier([torch.zeros(5, 2)])
     for other in ([torch.zeros(5, 1)], [torch.zeros(5, 2, 1, 1)], [torch.zeros(5, 2)] * 2, []):
         assert not is_classifier(other)
+
+
+def test_outputs_of_another_number_in_every_batch_are_refused():
+    class Boxes(nn.Module):
+        def forward(self, x):
+            return [part for part in x if part.mean() > 0]
+
+    signs = torch.tensor([1.0, 1.0, -1.0, 1.0]).view(4, 1, 1, 1)
+    batches = [(part, None) for part in (signs * torch.ones(4, 3, 2, 2)).split(2)]
+    with pytest.raises(InputError, match="gives 1 outputs for one batch and 2 for another; expected as many for each"):
+        predict(Boxes(), batches)

@@ -195,7 +195,7 @@ def compress(
     recipe: Recipe = None,
 ) -> None:
     """Compress a trained CNN: a smaller network as safetensors and ONNX, with a report of what was gained and lost."""
-    if model.endswith(".onnx"):
+    if model.lower().endswith(".onnx"):
         _compress_onnx(context, overwrite)
         return
     from dk2pnet.pipelines.compress import compress as run

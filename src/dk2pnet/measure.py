@@ -173,6 +173,12 @@ def predict(
                 progress(done)
     if not rows:
         raise InputError("there are no images to evaluate on")
+    numbers = sorted({len(row) for row in rows})
+    if len(numbers) > 1:
+        raise InputError(
+            f"the network gives {numbers[0]} outputs for one batch and {numbers[-1]} for another; expected as many for "
+            "each, as in a detector before its boxes are selected"
+        )
     parts = list(zip(*rows, strict=True))
     if len({tuple(each.shape[1:]) for each in parts[0]}) > 1:
         raise InputError("the outputs differ in size from batch to batch; give images of one size")

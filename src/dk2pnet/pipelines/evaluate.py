@@ -45,7 +45,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Returns accuracy (%), number of images, and for PyTorch networks parameters and MACs of one image."""
     chosen = pick_device(device, threads)
-    if model.endswith(".onnx"):
+    if model.lower().endswith(".onnx"):
         return _evaluate_onnx(model, data, split, normalize, data_dir, input_size, batch_size, threads, progress)
     images = _labelled(load_data(data, split, model, data_dir=data_dir, input_size=input_size), data, split)
     network = open_network(model, weights=weights, normalize=normalize, data=images, classes=classes)

@@ -100,7 +100,7 @@ def explore(
     asked = dict(locals())
     check_options(criterion, calibration_images, memory, augment)
     check_target(target)
-    if isinstance(model, str) and model.endswith(".onnx"):
+    if isinstance(model, str) and model.lower().endswith(".onnx"):
         raise InputError(f"explore takes no .onnx model such as {model}; compress it with --budget latency=F instead")
     if data is None and calibration_data is None:
         raise InputError("explore measures on images and none were given; give --data")
