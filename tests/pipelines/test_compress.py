@@ -618,6 +618,18 @@ def test_two_holdouts_are_refused():
         compress(net(), "disagree=5", "response", X, holdout=X, holdout_split="test[:50%]")
 
 
+def test_two_runs_do_not_share_an_out(tmp_path):
+    out = tmp_path / "out"
+    with folders.unfinished(out, False, {"seed": 0}) as folder:
+        (folder / "step-1.safetensors").touch()
+        with pytest.raises(InputError, match=r"another run is at work in .*out\.unfinished; wait until it has ended"):
+            compress(net(), "kernels=1", "weight", X, tune=2, out=out, overwrite=True)
+        assert (folder / "step-1.safetensors").exists()
+    assert list(tmp_path.iterdir()) == []
+    compress(net(), "kernels=1", "weight", X, tune=2, out=out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_folder_of_somebody_else_is_not_taken_for_checkpoints(tmp_path):
     (tmp_path / "out.unfinished").mkdir()
     (tmp_path / "out.unfinished/notes.txt").write_text("mine")

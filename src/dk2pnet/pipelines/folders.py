@@ -8,12 +8,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from dk2pnet import __version__
@@ -71,23 +72,46 @@ def unfinished(out: str | Path, overwrite: bool, asked: Mapping[str, Any]) -> It
 
     A run that stops before anything is worth keeping leaves nothing. One that stops later leaves the folder, for the
     same command to go on with. `asked` are the options of the run: a folder that a run with others left is refused, or
-    emptied with `overwrite`.
+    emptied with `overwrite`. A second run is refused while the first is at work.
     """
     out = _named(out)
     folder = out.with_name(f"{out.name}.unfinished")
-    if is_main():
-        _enter(folder, overwrite, json.loads(json.dumps(asked)))
-    wait()
-    try:
-        yield folder
-    except BaseException as error:
-        # What was refused must not stand in the way of another attempt.
-        if is_main() and (isinstance(error, Refused) or not _worth_keeping(folder)):
+    with _alone_in(folder) if is_main() else nullcontext():
+        if is_main():
+            _enter(folder, overwrite, json.loads(json.dumps(asked)))
+        wait()
+        try:
+            yield folder
+        except BaseException as error:
+            # What was refused must not stand in the way of another attempt.
+            if is_main() and (isinstance(error, Refused) or not _worth_keeping(folder)):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if is_main():
             shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if is_main():
-        shutil.rmtree(folder, ignore_errors=True)
-    wait()
+        wait()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other run is in the folder inside the block; a killed one gives it free."""
+    place = folder.with_name(f".{folder.name}.lock")
+    lock = FileLock(place)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(
+            f"another run is at work in {folder}; wait until it has ended, or give another --out"
+        ) from error
+    except (OSError, NotImplementedError):  # no such place yet, or a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            lock.release()
+            with suppress(OSError):
+                place.unlink()
 
 
 def _worth_keeping(folder: Path) -> bool:
