@@ -618,6 +618,12 @@ def test_two_holdouts_are_refused():
         compress(net(), "disagree=5", "response", X, holdout=X, holdout_split="test[:50%]")
 
 
+def test_weights_and_images_of_other_kinds_are_named():
+    words = r"weights are torch\.bfloat16 and the images torch\.float32; give the network in torch\.float32"
+    with pytest.raises(InputError, match=words):
+        compress(net().bfloat16(), "kernels=1", "response", X, tune=0)
+
+
 def test_two_runs_do_not_share_an_out(tmp_path):
     out = tmp_path / "out"
     with folders.unfinished(out, False, {"seed": 0}) as folder:

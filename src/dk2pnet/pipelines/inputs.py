@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization, UserBatches, has_split, load
+from dk2pnet.data import AUGMENTATIONS, ImageData, Normalization, has_split, load
 from dk2pnet.deploy.onnx import read_metadata
 from dk2pnet.errors import InputError
 from dk2pnet.measure import is_classifier
@@ -223,12 +223,3 @@ def environment(device: torch.device) -> dict[str, dict[str, Any]]:
     if device.type == "cuda":
         hardware["gpu"] = torch.cuda.get_device_name(device)
     return {"versions": versions, "hardware": hardware}
-
-
-def example_of(data: ImageData | UserBatches, normalization: Normalization | None) -> Tensor:
-    """One normalised image ``(1, C, H, W)``."""
-    if isinstance(data, UserBatches):
-        x, _ = next(iter(data))
-        return x[:1]
-    assert normalization is not None
-    return normalization.apply(data.subset([0]).images)

@@ -298,6 +298,12 @@ def _check_output(teacher: nn.Module, example: Tensor, criterion: str) -> None:
     except Exception as error:  # whatever the network itself raises
         if isinstance(error, InputError):
             raise
+        kinds = {parameter.dtype for parameter in teacher.parameters() if parameter.is_floating_point()}
+        if len(kinds) == 1 and kinds != {example.dtype}:
+            raise InputError(
+                f"the network's weights are {kinds.pop()} and the images {example.dtype}; give the network in "
+                f"{example.dtype}, as by model.float()"
+            ) from error
         raise InputError(
             f"the network cannot run an image of shape {tuple(example.shape)} ({first_line(error)}); "
             "give images of its size (--input-size)"
