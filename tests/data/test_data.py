@@ -309,6 +309,14 @@ def test_hub_names_find_local_copies(tmp_path, monkeypatch):
     monkeypatch.setenv("DK2PNET_DATA", str(tmp_path))
     assert [len(load(name)) for name in ("cifar10", "uoft-cs/cifar10", "svhn", "owner/name")] == [4, 4, 3, 5]
     assert len(load("ufldl-stanford/svhn")) == 3
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *what: asked.append(what) or datasets.DatasetDict())
+    with pytest.raises(InputError, match="alice/cifar10"):
+        load("alice/cifar10")
+    assert asked == [("alice/cifar10", None)]  # not the folder's cifar10
+    shards(tmp_path / "alice" / "cifar10", pixels(6), [0] * 6)
+    shards(tmp_path / "other", pixels(7), [0] * 7)
+    assert [len(load(name)) for name in ("alice/cifar10", "owner/other")] == [6, 7]
     assert has_split("cifar10", "train")
     assert not has_split("cifar10", "test")
 

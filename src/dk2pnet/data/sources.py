@@ -126,7 +126,9 @@ def _folder(name: str, data_dir: str | os.PathLike[str] | None) -> Path | None:
         if not Path(root).expanduser().is_dir():
             raise InputError(f"data folder {root} does not exist; give an existing one with --data-dir or DK2PNET_DATA")
         hub = _on_hub(name)[0] or name
-        for part in (name, hub, hub.split("/")[-1]):
+        last = hub.split("/")[-1]
+        # DATA/mnist is not somebody else's OWNER/mnist.
+        for part in (name, hub, last) if _on_hub(last)[0] in (hub, last) else (name, hub):
             folder = Path(root).expanduser() / part
             if folder.is_dir():
                 return folder
