@@ -50,7 +50,7 @@ def measure(model: str, steps: int, batch: int) -> dict:
         options=replace(OPTIONS, batch_size=batch),
         progress=lambda *_: times.append(time.perf_counter()),
     )
-    tuner._train(solved.student, solved, steps, None)
+    tuner._train(solved.student, solved, steps, None, tuner.options.learning_rate)
     seconds = statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
     return {
         "batch": batch,
