@@ -634,6 +634,9 @@ def test_two_runs_do_not_share_an_out(tmp_path):
     assert list(tmp_path.iterdir()) == []
     compress(net(), "kernels=1", "weight", X, tune=2, out=out)
     assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(InputError, match=r"out exists"), folders.unfinished(out, False, {"seed": 0}):
+        pytest.fail("the work had begun")
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_folder_of_somebody_else_is_not_taken_for_checkpoints(tmp_path):

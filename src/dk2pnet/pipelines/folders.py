@@ -78,6 +78,7 @@ def unfinished(out: str | Path, overwrite: bool, asked: Mapping[str, Any]) -> It
     folder = out.with_name(f"{out.name}.unfinished")
     with _alone_in(folder) if is_main() else nullcontext():
         if is_main():
+            check_out(out, overwrite)  # another run may have ended since it was checked
             _enter(folder, overwrite, json.loads(json.dumps(asked)))
         wait()
         try:
