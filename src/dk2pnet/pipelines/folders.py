@@ -104,8 +104,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
         raise InputError(
             f"another run is at work in {folder}; wait until it has ended, or give another --out"
         ) from error
-    except (OSError, NotImplementedError):  # no such place yet, or a file system without locks
-        pass
+    except (OSError, RuntimeError):
+        pass  # a file system without locks, or a place that cannot be written to, which is said when it is
     try:
         yield
     finally:
