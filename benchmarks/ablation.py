@@ -16,9 +16,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from dk2pnet.run.device import environment, pick_device
+
 from common import plain_parser, write_results
-from dk2pnet.pipelines.inputs import environment, pick_device
-from dk2pnet.pipelines.train import train_network
+from dk2pnet.commands.train import train_network
 from dk2pnet.training.losses import METHODS, Method, kp_channel
 from dk2pnet.training.trainer import TrainingOptions
 

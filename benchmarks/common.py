@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dk2pnet.pipelines.folders import write_json
+from dk2pnet.run.out_folder import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -21,18 +21,20 @@ import torch
 from torch import nn
 
 from common import network_parser, write_results
-from dk2pnet.calibration.gather import gather_moments
-from dk2pnet.calibration.reconstruct import reconstruct
-from dk2pnet.calibration.statistics import reestimate_batch_norm
-from dk2pnet.calibration.surroundings import Surroundings, surroundings_of
-from dk2pnet.convert import copy_model, find_convolutions, replace_modules
 from dk2pnet.data import calibration_split, split_training
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import accuracy, divergence, macs, parameters, predict
-from dk2pnet.pipelines.decomposition import energies_of, spend
-from dk2pnet.pipelines.inputs import environment, load_data, open_network
+from dk2pnet.modules import copy_model, replace_modules
+from dk2pnet.networks.open import load_data, open_network
+from dk2pnet.networks.torch.corrections import reestimate_batch_norm
+from dk2pnet.networks.torch.gather import gather_moments
+from dk2pnet.networks.torch.reconstruct import reconstruct
+from dk2pnet.networks.torch.sites import find_convolutions
+from dk2pnet.networks.torch.surroundings import Surroundings, surroundings_of
 from dk2pnet.plan import Budget
+from dk2pnet.run.device import environment
+from dk2pnet.students.allocate import energies_of, spend
 
 RECONSTRUCTIONS = ("asymmetric, layer by layer", "… batch norm known", "… and the sum", "… and the ReLU")
 
@@ -99,7 +101,7 @@ def main() -> None:
                 }
 
             student = copy_model(teacher)
-            with patch("dk2pnet.calibration.reconstruct.surroundings_of", part):
+            with patch("dk2pnet.networks.torch.reconstruct.surroundings_of", part):
                 reconstruct(teacher, student, sites, counts, gather_batches, images=len(gather))
             return student.eval()
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import time
 
+from dk2pnet.run.device import environment, pick_device
+
 import dk2pnet
 from common import network_parser, read_results, write_results
-from dk2pnet.pipelines.inputs import environment, pick_device
 
 
 def main() -> None:

@@ -14,16 +14,16 @@ import time
 from pathlib import Path
 
 import torch
+from dk2pnet.run.device import environment
 from rich.console import Console
 
 import dk2pnet
 from common import write_results
+from dk2pnet.commands.evaluate import evaluate
+from dk2pnet.commands.train import train_network
+from dk2pnet.deploy.export import export_onnx
 from dk2pnet.deploy.latency import compare_latency
-from dk2pnet.deploy.onnx import export_onnx
 from dk2pnet.measure import macs, parameters
-from dk2pnet.pipelines.evaluate import evaluate
-from dk2pnet.pipelines.inputs import environment
-from dk2pnet.pipelines.train import train_network
 from dk2pnet.report.tables import format_count, rich_table
 from dk2pnet.training.trainer import TrainingOptions
 

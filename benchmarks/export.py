@@ -11,14 +11,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from dk2pnet.run.device import environment
 from torch import nn
 
 import dk2pnet
 from common import write_results
-from dk2pnet.deploy.onnx import check_onnx, export_onnx, multiplier_convolutions
-from dk2pnet.models import make_network
+from dk2pnet.deploy.export import check_onnx, export_onnx, multiplier_convolutions
 from dk2pnet.nets import NETS
-from dk2pnet.pipelines.inputs import environment
+from dk2pnet.networks.named import make_network
 
 TORCHVISION = ("resnet18", "vgg11_bn", "mobilenet_v3_small", "convnext_tiny")
 

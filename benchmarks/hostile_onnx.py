@@ -34,10 +34,9 @@ import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from common import plain_parser, read_results, write_results
-from dk2pnet.deploy.onnx import Feed
+from dk2pnet.commands import compress_onnx as pipeline
+from dk2pnet.data.arrays import Feed, array_feeds
 from dk2pnet.errors import InputError
-from dk2pnet.pipelines import compress_onnx as pipeline
-from dk2pnet.pipelines.feeds import array_feeds
 
 SECONDS = 120
 

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dk2pnet.run.device import environment, pick_device
 from torch import nn
 
 import dk2pnet
 from common import network_parser, read_results, write_results
 from dk2pnet.deploy.costs import DENSE, LatencyTable, Spot, gathered
-from dk2pnet.pipelines.inputs import environment, pick_device
 
 LAYERS = ((16, 32), (32, 16), (64, 8), (64, 56), (128, 28), (256, 14), (512, 7))
 TARGETS = ("onnxruntime", "onnxruntime-int8")

@@ -17,13 +17,13 @@ import time
 from collections.abc import Iterator
 
 import torch
+from dk2pnet.run.device import environment
 from torch import Tensor
 
 import dk2pnet
 from common import plain_parser, write_results
 from dk2pnet.measure import predict
-from dk2pnet.models import make_network
-from dk2pnet.pipelines.inputs import environment
+from dk2pnet.networks.named import make_network
 
 BATCH = 16
 

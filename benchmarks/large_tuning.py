@@ -16,15 +16,16 @@ import time
 from dataclasses import replace
 
 import torch
+from dk2pnet.run.device import environment
 
 from common import plain_parser, write_results
+from dk2pnet.data.samples import user_images
 from dk2pnet.measure import predict
-from dk2pnet.models import make_network
-from dk2pnet.pipelines.closed_form import ClosedForm
-from dk2pnet.pipelines.images import user_images
-from dk2pnet.pipelines.inputs import Network, environment
-from dk2pnet.pipelines.tune import OPTIONS, Tuner
+from dk2pnet.networks.named import make_network
+from dk2pnet.networks.open import Network
 from dk2pnet.plan import Budget
+from dk2pnet.students.closed_form import ClosedForm
+from dk2pnet.students.tuning import OPTIONS, Tuner
 
 
 def measure(model: str, steps: int, batch: int) -> dict:

@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dk2pnet.run.device import environment, pick_device
+
 import dk2pnet
 from common import network_parser, read_results, write_results
-from dk2pnet.pipelines.inputs import environment, pick_device
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dk2pnet.run.device import environment, pick_device
 
 import dk2pnet
 from common import plain_parser, read_results, write_results
+from dk2pnet.deploy.export import export_onnx
 from dk2pnet.deploy.latency import compare_latency
-from dk2pnet.deploy.onnx import export_onnx
-from dk2pnet.models import make_network
-from dk2pnet.pipelines.inputs import environment, pick_device
+from dk2pnet.networks.named import make_network
 
 BUDGETS = {"resnet18": (0.5, 0.25), "vgg16_bn": (0.7, 0.5, 0.25), "resnet50": (0.85, 0.5)}
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from dk2pnet.convert import Convolution
 from dk2pnet.decompose.select import Option
 from dk2pnet.decompose.solve import solve
 from dk2pnet.layer import DKConv2d
+from dk2pnet.networks.network import Site
 
 __all__ = ["Peer", "channel_pca", "cp", "gdws", "gdws_weights", "pruned", "spatial_svd", "tucker"]
 
@@ -33,11 +33,11 @@ def _conv(weight: Tensor, conv: nn.Conv2d, stride: tuple[int, int], padding: tup
     return made
 
 
-def _inputs(site: Convolution) -> int:
+def _inputs(site: Site) -> int:
     return site.input_size[0] * site.input_size[1]
 
 
-def spatial_svd(site: Convolution) -> list[Peer]:
+def spatial_svd(site: Site) -> list[Peer]:
     """Jaderberg et al. 2014: C -> r by kh x 1, then r -> N by 1 x kw; the best such pair in the weight's norm."""
     conv = site.module
     N, C, kh, kw = conv.weight.shape
@@ -61,7 +61,7 @@ def spatial_svd(site: Convolution) -> list[Peer]:
     return peers
 
 
-def tucker(site: Convolution, steps: int = 12) -> list[Peer]:
+def tucker(site: Site, steps: int = 12) -> list[Peer]:
     """Kim et al. 2016: 1 x 1, C -> r; kh x kw, r -> s; 1 x 1, s -> N. TensorLy's partial Tucker decomposition."""
     import tensorly
     from tensorly.decomposition import partial_tucker
@@ -88,7 +88,7 @@ def tucker(site: Convolution, steps: int = 12) -> list[Peer]:
     return peers
 
 
-def cp(site: Convolution, steps: int = 5) -> list[Peer]:
+def cp(site: Site, steps: int = 5) -> list[Peer]:
     """Lebedev et al. 2015 with one depthwise kh x kw between two 1 x 1: TensorLy's CP of the (N, C, kh kw) tensor."""
     import tensorly
     from tensorly.decomposition import parafac
@@ -121,7 +121,7 @@ def cp(site: Convolution, steps: int = 5) -> list[Peer]:
     return peers
 
 
-def channel_pca(site: Convolution, A: Tensor, mean: Tensor) -> list[Peer]:
+def channel_pca(site: Site, A: Tensor, mean: Tensor) -> list[Peer]:
     """Zhang et al. 2015 (linear): kh x kw, C -> r; 1 x 1, r -> N, from the principal components of the responses.
 
     ``A (C q, C q)``, ``mean (C q,)``: second moment and mean of the input patches.
@@ -151,12 +151,12 @@ def channel_pca(site: Convolution, A: Tensor, mean: Tensor) -> list[Peer]:
     return peers
 
 
-def gdws(site: Convolution, counts: Tensor) -> nn.Module:
+def gdws(site: Site, counts: Tensor) -> nn.Module:
     """GDWS: the singular vectors of every channel's slice; our layer without moments is exactly that."""
     return DKConv2d.from_factors(site.module, solve(site.module.weight.detach(), counts), form="folded")
 
 
-def gdws_weights(model: nn.Module, sites: Iterable[Convolution], images: Tensor) -> dict[str, Tensor]:
+def gdws_weights(model: nn.Module, sites: Iterable[Site], images: Tensor) -> dict[str, Tensor]:
     """GDWS's alpha (C,) of every layer: how much noise in a channel's weights moves the decision.
 
     Mean over images of the sum over other classes j of ``|d(z_y - z_j) / dW_c|^2 / (2 (z_y - z_j)^2)``, y the class

@@ -24,20 +24,24 @@ from torch import Tensor, nn
 
 import dk2pnet
 from common import network_parser, read_results, write_results
-from dk2pnet.calibration.gather import gather_moments
-from dk2pnet.calibration.statistics import reestimate_batch_norm
-from dk2pnet.convert import Convolution, copy_model, find_convolutions, replace_modules
 from dk2pnet.data import calibration_split, split_training
 from dk2pnet.decompose.select import Candidate, Option, choose, select
 from dk2pnet.decompose.solve import spectrum
 from dk2pnet.deploy.costs import LatencyTable
+from dk2pnet.deploy.export import onnx_bytes
 from dk2pnet.deploy.latency import compare_latency
-from dk2pnet.deploy.onnx import onnx_bytes
 from dk2pnet.layer import set_form
 from dk2pnet.measure import accuracy, divergence, macs, parameters, predict
-from dk2pnet.pipelines.fit import fit
-from dk2pnet.pipelines.inputs import environment, load_data, open_network, pick_device, silent
-from dk2pnet.pipelines.speed import choose_forms
+from dk2pnet.modules import copy_model, replace_modules
+from dk2pnet.networks.network import Site
+from dk2pnet.networks.open import load_data, open_network
+from dk2pnet.networks.torch.corrections import reestimate_batch_norm
+from dk2pnet.networks.torch.gather import gather_moments
+from dk2pnet.networks.torch.sites import find_convolutions
+from dk2pnet.run.device import environment, pick_device
+from dk2pnet.run.progress import silent
+from dk2pnet.students.latency_budget import choose_forms
+from dk2pnet.training.fit import fit
 from dk2pnet.training.trainer import TrainingOptions
 from peer_methods import channel_pca, cp, gdws, gdws_weights, pruned, spatial_svd, tucker
 
@@ -96,7 +100,7 @@ class Harness:
         replace_modules(student, {named[name]: module for name, module in modules.items()})
         return student.eval()
 
-    def by_options(self, peers: Callable[[Convolution], list], budget: float) -> nn.Module:
+    def by_options(self, peers: Callable[[Site], list], budget: float) -> nn.Module:
         """Ranks by the queue over all layers, for a method with options per layer."""
         found = {name: peers(site) for name, site in self.open.items()}
         options: dict[str, list[Option]] = {}

@@ -23,18 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dk2pnet.run.device import environment, pick_device
 from torch import Tensor, nn
 
 from common import Rows, network_parser, searched
-from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.data import split_training
+from dk2pnet.data.samples import named_images
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import Predictions, accuracy, agreement, divergence, macs, parameters, predict
-from dk2pnet.pipelines.closed_form import Solved
-from dk2pnet.pipelines.images import named_images
-from dk2pnet.pipelines.inputs import environment, load_data, open_network, pick_device
-from dk2pnet.pipelines.tune import OPTIONS, Tuner
+from dk2pnet.networks.open import load_data, open_network
+from dk2pnet.networks.torch.gather import gather_moments
+from dk2pnet.students.closed_form import Solved
+from dk2pnet.students.tuning import OPTIONS, Tuner
 from dk2pnet.training.whitened import whitening_of
 from peers import METHODS, Harness
 

@@ -18,14 +18,16 @@ from pathlib import Path
 import torch
 
 from common import network_parser, write_results
+from dk2pnet.data.images import batch_size_for
 from dk2pnet.errors import InputError
 from dk2pnet.estimates import estimate
 from dk2pnet.measure import accuracy, predict
-from dk2pnet.pipelines.clock import Clock
-from dk2pnet.pipelines.inputs import batch_size_for, environment, silent
-from dk2pnet.pipelines.prepare import prepare
-from dk2pnet.pipelines.search import Probe, Prober, smallest
 from dk2pnet.plan import Budget
+from dk2pnet.run.clock import Clock
+from dk2pnet.run.device import environment
+from dk2pnet.run.progress import silent
+from dk2pnet.students.probes import Probe, Prober, smallest
+from dk2pnet.students.teacher import prepare
 
 
 class Shared:

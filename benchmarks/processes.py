@@ -19,14 +19,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from dk2pnet.run.device import environment, pick_device
 
 from common import plain_parser, write_results
 from dk2pnet import processes
-from dk2pnet.calibration.gather import gather_moments
 from dk2pnet.data import Normalization, load
 from dk2pnet.decompose.moments import Moments
-from dk2pnet.models import make_network
-from dk2pnet.pipelines.inputs import environment, pick_device
+from dk2pnet.networks.named import make_network
+from dk2pnet.networks.torch.gather import gather_moments
 
 IMAGES = 1200
 

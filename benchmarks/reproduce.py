@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import plain_parser, write_results
-from dk2pnet.pipelines.reproduce import METHODS, reproduce
+from dk2pnet.commands.reproduce import METHODS, reproduce
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "mnist": {"student": "dk2pnet-8x16", "epochs": 3, "teacher_epochs": 3},

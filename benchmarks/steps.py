@@ -21,14 +21,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from dk2pnet.run.device import environment, pick_device
 from torch import Tensor, nn
 
 from common import plain_parser, read_results, write_results
-from dk2pnet.convert import replace_modules
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.layer import DKConv2d
-from dk2pnet.models import make_network
-from dk2pnet.pipelines.inputs import environment, pick_device
+from dk2pnet.modules import replace_modules
+from dk2pnet.networks.named import make_network
 from dk2pnet.training import trainer
 from dk2pnet.training.trainer import TrainingOptions, train
 

@@ -17,9 +17,9 @@ from common import RESULTS
 from common import read_results as read
 from demo import HEADER as demo_header
 from demo import table_rows as demo_rows
+from dk2pnet.commands.reproduce import OTHER, SETUPS
 from dk2pnet.measure import parameters
-from dk2pnet.models import make_network
-from dk2pnet.pipelines.reproduce import OTHER, SETUPS
+from dk2pnet.networks.named import make_network
 from dk2pnet.report.curve import CURVE_HEADER, curve_rows
 from dk2pnet.report.reproduction import (
     REPRODUCTION_HEADER,

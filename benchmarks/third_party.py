@@ -388,9 +388,9 @@ def run_in_package(mode: str, name: str, folder: Path, out: Path) -> None:
 
 
 def row_of(name: str, budget: str, tune: str, work: Path, threads: int) -> dict[str, Any]:
-    from dk2pnet.deploy.rewrite import read_onnx
+    from dk2pnet.commands.compress_onnx import compress_onnx
     from dk2pnet.errors import InputError
-    from dk2pnet.pipelines.compress_onnx import compress_onnx
+    from dk2pnet.networks.onnx.read import read_onnx
 
     model = MODELS[name]
     folder, feeds = work / "packages", work / f"{name}.npz"

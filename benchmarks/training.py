@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dk2pnet
 from common import network_parser, write_results
-from dk2pnet.pipelines.train import train_network
+from dk2pnet.commands.train import train_network
 from dk2pnet.training.losses import METHODS
 from dk2pnet.training.trainer import TrainingOptions
 

@@ -24,17 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dk2pnet.run.device import environment, pick_device
 
 from common import Rows, network_parser, searched
-from dk2pnet.convert import copy_model
 from dk2pnet.data import calibration_split, split_training
+from dk2pnet.data.samples import Images, named_images
 from dk2pnet.measure import accuracy, agreement, divergence, macs, predict
-from dk2pnet.pipelines.clock import Clock
-from dk2pnet.pipelines.closed_form import ClosedForm, Solved, renormalized, solved_once
-from dk2pnet.pipelines.images import Images, named_images
-from dk2pnet.pipelines.inputs import environment, load_data, open_network, pick_device
-from dk2pnet.pipelines.tune import OPTIONS, Tuner
+from dk2pnet.modules import copy_model
+from dk2pnet.networks.open import load_data, open_network
 from dk2pnet.plan import Budget
+from dk2pnet.run.clock import Clock
+from dk2pnet.students.closed_form import ClosedForm, Solved, renormalized, solved_once
+from dk2pnet.students.tuning import OPTIONS, Tuner
 from recovery import add_mir, fskd, penultimate
 
 KEYS = (

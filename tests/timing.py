@@ -3,8 +3,14 @@
 from dk2pnet.deploy.latency import Latency, compare_latency
 
 # Every room that took the function by name.
-_PIPELINES = ("compress", "compress_onnx", "explore", "extras", "speed")
-_ROOMS = ("deploy.costs", *(f"pipelines.{each}" for each in _PIPELINES))
+_ROOMS = (
+    "deploy.costs",
+    "commands.compress",
+    "commands.compress_onnx",
+    "commands.explore",
+    "commands.extras",
+    "students.latency_budget",
+)
 
 
 def time_by(compare, monkeypatch):

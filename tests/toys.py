@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from dk2pnet.convert import convert, find_convolutions
 from dk2pnet.decompose.solve import solve
 from dk2pnet.layer import DKConv2d
+from dk2pnet.networks.torch.convert import convert
+from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.plan import LayerPlan, Plan
 from dk2pnet.training.trainer import TrainingOptions, train
 

@@ -25,19 +25,19 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # What pulls in the data and export libraries is imported when first asked for.
     if name in ("compress", "Result"):
-        from dk2pnet.pipelines import compress as module
+        from dk2pnet.commands import compress as module
 
         return getattr(module, name)
     if name == "explore":
-        from dk2pnet.pipelines import explore as explore_module
+        from dk2pnet.commands import explore as explore_module
 
         return explore_module.explore
     if name == "reproduce":
-        from dk2pnet.pipelines import reproduce as reproduce_module
+        from dk2pnet.commands import reproduce as reproduce_module
 
         return reproduce_module.reproduce
     if name in ("load_student", "save_student"):
-        from dk2pnet import student
+        from dk2pnet.networks import saved as student
 
         return getattr(student, name)
     if name == "plain_model":

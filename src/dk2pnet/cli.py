@@ -198,7 +198,7 @@ def compress(
     if model.lower().endswith(".onnx"):
         _compress_onnx(context, overwrite)
         return
-    from dk2pnet.pipelines.compress import compress as run
+    from dk2pnet.commands.compress import compress as run
 
     with _progress() as progress:
         result = run(
@@ -285,7 +285,7 @@ def explore(
     recipe: Recipe = None,
 ) -> None:
     """Show the curve before the choice: accuracy against MACs, parameters and latency at about eight budgets."""
-    from dk2pnet.pipelines.explore import explore as run
+    from dk2pnet.commands.explore import explore as run
     from dk2pnet.report.curve import CURVE_HEADER, curve_rows, knee_sentence
     from dk2pnet.report.tables import rich_table
 
@@ -303,7 +303,7 @@ def explore(
 
 def _compress_onnx(context: typer.Context, overwrite: bool) -> None:
     """`compress` for an ONNX file, which takes some of the options only."""
-    from dk2pnet.pipelines.compress_onnx import compress_onnx
+    from dk2pnet.commands.compress_onnx import compress_onnx
 
     given = context.params
     taken = set(signature(compress_onnx).parameters)
@@ -391,7 +391,7 @@ def train(
     recipe: Recipe = None,
 ) -> None:
     """Train a network on labelled images, or beside a teacher. Killed, the same command goes on where it was."""
-    from dk2pnet.pipelines.train import train_network
+    from dk2pnet.commands.train import train_network
     from dk2pnet.training.trainer import TrainingOptions
 
     options = TrainingOptions(
@@ -483,7 +483,7 @@ def reproduce(
     threads: Threads = None,
 ) -> None:
     """Repeat the paper's experiment on a data set: teacher, student, every method; a table that grows over days."""
-    from dk2pnet.pipelines.reproduce import reproduce as run
+    from dk2pnet.commands.reproduce import reproduce as run
     from dk2pnet.report.reproduction import REPRODUCTION_HEADER, reproduction_rows
     from dk2pnet.report.tables import rich_table
 
@@ -515,7 +515,7 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Measure the accuracy of a network, of an OUT folder, or of an ONNX file in ONNX Runtime."""
-    from dk2pnet.pipelines.evaluate import evaluate as run
+    from dk2pnet.commands.evaluate import evaluate as run
     from dk2pnet.report.tables import format_count
 
     with _progress() as progress:

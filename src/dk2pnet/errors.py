@@ -1,6 +1,6 @@
 """The exceptions for input that a user can put right."""
 
-__all__ = ["InputError", "Refused", "TooSmall"]
+__all__ = ["InputError", "Refused", "TooSmall", "first_line"]
 
 
 class InputError(ValueError):
@@ -16,3 +16,9 @@ class Refused(InputError):
 
 class TooSmall(Refused):
     """A budget that no network can be made for."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__).rstrip(".")

@@ -9,7 +9,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import peer_methods
-from dk2pnet.convert import find_convolutions
+from dk2pnet.networks.torch.sites import find_convolutions
 
 
 @pytest.fixture(params=[1, 2], ids=["stride 1", "stride 2"])

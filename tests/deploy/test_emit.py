@@ -12,7 +12,7 @@ from torch import nn
 
 import dk2pnet
 from dk2pnet.deploy.emit import BLOCK, EMITTED, branches_of, emit_nodes, plain_layer, with_plain_layers
-from dk2pnet.deploy.onnx import multiplier_convolutions
+from dk2pnet.deploy.export import multiplier_convolutions
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 

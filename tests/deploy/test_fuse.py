@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from dk2pnet.deploy.emit import EMITTED
+from dk2pnet.deploy.export import check_onnx, export_onnx
 from dk2pnet.deploy.fuse import fold_batch_norms
-from dk2pnet.deploy.onnx import check_onnx, export_onnx
 from dk2pnet.layer import DKConv2d
 
 

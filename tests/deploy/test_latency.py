@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from dk2pnet.data.arrays import Feed
 from dk2pnet.deploy import latency
+from dk2pnet.deploy.export import export_onnx, onnx_bytes
 from dk2pnet.deploy.latency import _summary, compare_latency, conditions, is_onnx
-from dk2pnet.deploy.onnx import Feed, export_onnx, onnx_bytes
 from dk2pnet.errors import InputError
 from toys import by_view
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from dk2pnet.deploy.onnx import onnx_bytes, run_onnx, session
+from dk2pnet.deploy.export import onnx_bytes
 from dk2pnet.deploy.quantize import quantize_onnx
+from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 

@@ -65,7 +65,7 @@ def reached(room, command, *options, cwd, monkeypatch):
         seen.update(given)
         raise InputError("seen")
 
-    monkeypatch.setattr(f"dk2pnet.pipelines.{room}", spy)
+    monkeypatch.setattr(f"dk2pnet.commands.{room}", spy)
     assert error_of(here(command, "--model", "lenet", "--out", "out", *options, cwd=cwd)) == "Error: seen"
     return seen
 

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from command_line import accuracy_in, error_of, figures, here, shell, snapshot, works
 
+from dk2pnet.commands.compress_onnx import compress_onnx
 from dk2pnet.data import Normalization, load
-from dk2pnet.deploy.onnx import read_metadata, run_onnx, session
-from dk2pnet.pipelines.compress_onnx import compress_onnx
+from dk2pnet.deploy.export import read_metadata
+from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from graphs import drop_initializer, needs_onnx_tuning, save, small, value, weights
 
 WRITTEN = {"plan.json", "model.onnx", "metrics.json", "report.html", "recipe.yaml"}

@@ -9,11 +9,11 @@ from torch import nn
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import macs, parameters
-from dk2pnet.models import make_network
 from dk2pnet.nets import NETS, dk2pnet
 from dk2pnet.nets.resnet import CifarResNet
+from dk2pnet.networks.named import make_network
+from dk2pnet.networks.saved import load_student, save_student
 from dk2pnet.plan import Plan
-from dk2pnet.student import load_student, save_student
 
 # Worked out by hand from the widths, for 3x32x32 and 10 classes: convolutions (+ biases) + batch norm + linear.
 COUNTS = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dk2pnet.errors import InputError
+from dk2pnet.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,13 +27,16 @@ __all__ = [
     "ImageData",
     "Normalization",
     "Rows",
-    "first_line",
+    "augmentation_for",
+    "batch_size_for",
+    "check_augment",
     "generator_for",
 ]
 
 AUGMENTATIONS = ("none", "digits", "natural")
 SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image keeps at least, as is usual
 
+_DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}  # names of data sets
 _SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
 
 _SOME = 16  # images that are looked at for colour
@@ -472,6 +476,20 @@ def _decode(value: Any, where: str) -> Image:
     return image
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+# -- choices -----------------------------------------------------------------------------------------------------------
+
+
+def batch_size_for(size: Iterable[int]) -> int:
+    """Images per forward pass where nobody trains: bounded activations at 224 x 224, few calls at 32 x 32."""
+    return 128 if max(size) <= 64 else 16
+
+
+def augmentation_for(name: str) -> str:
+    """Digits, on the hub or in a folder of such a name, are never mirrored."""
+    return "digits" if Path(name).name.lower() in _DIGITS else "natural"
+
+
+def check_augment(augment: str | None) -> None:
+    """`InputError` for what is no augmentation."""
+    if augment is not None and augment not in AUGMENTATIONS:
+        raise InputError(f"augmentation is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")

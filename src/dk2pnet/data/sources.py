@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dk2pnet.data.images import ImageData, Rows, first_line, generator_for
-from dk2pnet.errors import InputError
+from dk2pnet.data.images import ImageData, Rows, generator_for
+from dk2pnet.errors import InputError, first_line
 
-__all__ = ["has_split", "load"]
+__all__ = ["has_split", "load", "load_test"]
 
 # Short name -> name on the hub and configuration; without a name on the hub, only a local copy can be read.
 _HUB: dict[str, tuple[str | None, str | None]] = {
@@ -35,6 +35,14 @@ _SPLITS = {name: name for name in ("train", *_TEST)} | {"training": "train", "te
 _SHARD = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-(?P<total>\d{5})(-[0-9a-f]+)?\.parquet")
 
 _IMAGE_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def load_test(name: str, training: ImageData, data_dir: str | None = None) -> ImageData | None:
+    """The test split in the size, the colours and the class numbers of the training split; None where there is none."""
+    if not has_split(name, "test", data_dir):
+        return None
+    test = load(name, "test", data_dir=data_dir, size=training.size, channels=training.channels)
+    return test.numbered_like(training)
 
 
 # -- data sets ---------------------------------------------------------------------------------------------------------

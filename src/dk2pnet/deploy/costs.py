@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from dk2pnet.deploy.emit import BLOCK, EMITTED, Branch, PlainLayer, branches_of, concatenated
+from dk2pnet.deploy.export import onnx_bytes
 from dk2pnet.deploy.latency import compare_latency, conditions, is_onnx
-from dk2pnet.deploy.onnx import onnx_bytes
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.layer import DKConv2d
 from dk2pnet.processes import cores

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from dk2pnet.convert import copy_model, replace_modules
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
+from dk2pnet.modules import copy_model, replace_modules
 
 __all__ = [
     "EMITTED",

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dk2pnet.deploy.onnx import Feed, session
+from dk2pnet.data.arrays import Feed
+from dk2pnet.deploy.runtimes.onnxruntime import session
 from dk2pnet.errors import InputError
 from dk2pnet.measure import in_layout, layout_of
 from dk2pnet.processes import processor

@@ -1,0 +1,1 @@
+"""Where networks run: one file for each runtime."""

@@ -1,0 +1,67 @@
+"""Copies of modules, and modules put in the place of others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dk2pnet.errors import InputError
+
+__all__ = ["copy_model", "replace_modules"]
+
+# Dictionaries of every module: its parts, parameters, buffers and hooks.
+_OWN = frozenset(vars(nn.Module()))
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy; `InputError` where the model cannot be copied.
+
+    An activation that a module keeps on itself is copied without its graph, which nothing here goes back through.
+    """
+    kept = (each for module in model.modules() for each in _tensors_in(list(vars(module).values())))
+    memo = {id(each): each.detach().clone() for each in kept if not each.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(
+            f"the model {type(model).__name__} cannot be copied ({error}); give one that copy.deepcopy accepts"
+        ) from error
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those in lists, tuples and dictionaries, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(each)
+
+
+def replace_modules(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
+    """Put new modules in the place of old ones, in every place where an old one stands.
+
+    Also in the lists, tuples and dictionaries that a module keeps beside its parts, as many an older network does.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in layers:
+                setattr(parent, name, layers[child])
+        for name, value in list(vars(parent).items()):
+            if name not in _OWN and isinstance(value, list | tuple | dict):
+                setattr(parent, name, _replaced(value, layers))
+
+
+def _replaced(value: Any, layers: Mapping[nn.Module, nn.Module]) -> Any:
+    """A list, a tuple or a dictionary with the new modules; itself where it holds none of the old ones."""
+    if isinstance(value, nn.Module):
+        return layers.get(value, value)
+    if type(value) is dict:
+        found: Any = {key: _replaced(each, layers) for key, each in value.items()}
+        return found if any(found[key] is not value[key] for key in value) else value
+    if type(value) in (list, tuple):
+        found = [_replaced(each, layers) for each in value]
+        return type(value)(found) if any(a is not b for a, b in zip(found, value, strict=True)) else value
+    return value

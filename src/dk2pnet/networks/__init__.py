@@ -1,0 +1,1 @@
+"""What compression asks of a CNN, and its two kinds."""

@@ -1,0 +1,172 @@
+"""Runs a model over calibration images and gathers the moments of its convolutions in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dk2pnet.decompose.moments import Moments
+from dk2pnet.errors import InputError
+from dk2pnet.measure import is_classifier, kept_modes, outputs_of
+from dk2pnet.networks.patches import geometry_of, in_groups, patches_of, uniform_of
+
+__all__ = ["gather_moments", "inference_of"]
+
+
+def gather_moments(
+    model: nn.Module,
+    convolutions: Mapping[str, nn.Conv2d],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    *,
+    gradients: bool = False,
+    memory: int = 2 * 2**30,
+    positions: int = 32,
+    seed: int = 0,
+    first_image: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str, int], None] | None = None,
+) -> Iterator[dict[str, Moments]]:
+    """Yield the moments of `convolutions` in groups of layers whose sums fit into `memory` bytes.
+
+    Each group takes one pass over `batches`, which therefore must be re-iterable; labels are not looked at.
+
+    Parameters
+    ----------
+    model : the network, run in evaluation mode; its modes, gradients' settings and weights are left as they were
+    gradients : also gather B, from the gradient of the log-likelihood of labels sampled from the model
+    positions : at most so many positions of each image, evenly spread; B always sums over all positions
+    seed : of the sampled positions and labels, which depend on the image's index only, so that any split of the
+        images over batches or processes gathers the same numbers
+    first_image : index of the first image, where another process gathers from those before it
+    progress : called with (what, images done) after every batch
+
+    Raises
+    ------
+    InputError
+        When an activation is not finite, when there are no images, or when B is wanted from a network whose output is
+        not one row of class scores per image.
+    """
+    start = 0
+    for names in in_groups(convolutions, memory, gradients):
+        group = {name: convolutions[name] for name in names}
+        what = f"layers {start + 1}-{start + len(names)} of {len(convolutions)}"
+        yield _one_pass(model, group, batches, gradients, positions, seed, first_image, device, what, progress)
+        start += len(names)
+
+
+@contextmanager
+def inference_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without parameter gradients inside the block; every mode and flag is put back afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with kept_modes(model):
+        try:
+            model.eval()
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            yield model
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+
+# -- inside -------------------------------------------------------------------------------------------------------
+
+
+def _sampled_labels(logits: Tensor, first_index: int, seed: int) -> Tensor:
+    """A label drawn from the model's own distribution for each image."""
+    edges = logits.detach().double().softmax(1).cumsum(1)
+    draws = uniform_of(np.arange(first_index, first_index + len(logits)), 2 * seed + 1)
+    labels = torch.searchsorted(edges, torch.from_numpy(draws).unsqueeze(1).to(edges.device)).squeeze(1)
+    return labels.clamp_max(logits.shape[1] - 1)
+
+
+def _one_pass(
+    model: nn.Module,
+    convolutions: dict[str, nn.Conv2d],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    gradients: bool,
+    positions: int,
+    seed: int,
+    first_image: int,
+    device: torch.device | str,
+    what: str,
+    progress: Callable[[str, int], None] | None,
+) -> dict[str, Moments]:
+    moments = {}
+    for name, conv in convolutions.items():
+        groups, inputs, outputs = geometry_of(conv)
+        moments[name] = Moments.zeros(groups, inputs, outputs if gradients else None)
+    done = size = 0
+
+    def see_input(name: str) -> Callable:
+        def hook(module: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
+            for patches in patches_of(module, args[0].detach(), size, first_image + done, positions, seed):
+                moments[name].add_patches(patches)
+
+        return hook
+
+    def see_gradient(name: str) -> Callable:
+        def hook(module: nn.Conv2d, args: tuple, output: Tensor) -> None:
+            if not output.requires_grad:
+                raise InputError(
+                    f"criterion 'loss' needs gradients, but the network runs {name!r} without them (torch.no_grad or "
+                    f"detach in its forward pass); use --criterion response, or --keep {name}"
+                )
+
+            def take(gradient: Tensor) -> None:
+                columns = gradient.detach().float().transpose(0, 1).reshape(module.groups, -1, gradient[:, 0].numel())
+                moments[name].add_gradients(columns)
+
+            output.register_hook(take)
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(inference_of(model))
+        for name, conv in convolutions.items():
+            stack.callback(conv.register_forward_pre_hook(see_input(name)).remove)
+            if gradients:
+                stack.callback(conv.register_forward_hook(see_gradient(name)).remove)
+        for x, _ in batches:
+            x = x.to(device)
+            size = len(x)
+            if gradients:
+                # Parameters ask for no gradients here; the graph hangs on the input.
+                with torch.enable_grad():
+                    outputs = outputs_of(model(x.detach().requires_grad_().clone()))  # which it may change in place
+                    if not is_classifier(outputs):
+                        shapes = " and ".join(str(tuple(output.shape)) for output in outputs)
+                        raise InputError(
+                            "criterion 'loss' needs a classifier (one row of class scores per image), but the network "
+                            f"returns {shapes}; use --criterion response"
+                        )
+                    logits = outputs[0]
+                    if not logits.requires_grad:
+                        raise InputError(
+                            "criterion 'loss' needs gradients, and none come through the network to its convolutions "
+                            "(detach() or no_grad() in its forward?); use --criterion response"
+                        )
+                    labels = _sampled_labels(logits, first_image + done, seed)
+                    F.cross_entropy(logits, labels, reduction="sum").backward()
+                for sums in moments.values():
+                    sums.count_images(size)
+            else:
+                with torch.no_grad():
+                    model(x)
+            done += size
+            if progress is not None:
+                progress(what, done)
+    if done == 0:
+        raise InputError("there are no calibration images; give --data with at least two images")
+    for name, sums in moments.items():
+        if not sums.finite():
+            raise InputError(
+                f"the activations or gradients at {name!r} are not finite on the calibration images; "
+                "check the weights and the normalisation"
+            )
+    return moments

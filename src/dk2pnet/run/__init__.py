@@ -1,0 +1,1 @@
+"""The shell around any work."""

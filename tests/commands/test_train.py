@@ -1,0 +1,137 @@
+"""What `train_network` trains on and beside, and what a call that goes on with a killed one may change."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dk2pnet import load_student
+from dk2pnet.commands import train as pipeline
+from dk2pnet.commands.train import train_network
+from dk2pnet.data import ImageData, Normalization
+from dk2pnet.errors import InputError
+from dk2pnet.training import fit as fitting
+from dk2pnet.training.trainer import TrainingOptions
+
+OPTIONS = TrainingOptions(epochs=2, learning_rate=0.05, method="labels", precision="fp32", checkpoint_every=0)
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run."""
+
+
+def call(out, recipe, progress):
+    train_network("lenet", "digits", out, options=OPTIONS, images=300, recipe=recipe, progress=progress)
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """OUT of a run that was killed at its third step of six, on one thread."""
+
+    def stop(what, done, total):
+        if what.startswith("training") and done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        call(tmp_path / "out", {"seed": 0, "threads": 1, "checkpoint_every": 0}, stop)
+    return tmp_path / "out"
+
+
+def test_a_run_goes_on_with_other_threads_and_on_another_device(cut):
+    steps = []
+    how = {"threads": 2, "device": "cpu", "checkpoint_every": 60}  # it began with device auto
+    call(cut, {"seed": 0, **how}, lambda what, done, total: steps.append((what, done)))
+    trained = [done for what, done in steps if what.startswith("training")]
+    assert min(trained) > 2
+    assert (cut / "model.safetensors").is_file()
+
+
+def test_a_run_with_another_seed_is_refused_and_named(cut):
+    with pytest.raises(InputError, match="unfinished run with seed 0, this one has 1"):
+        call(cut, {"seed": 1, "threads": 1, "checkpoint_every": 0}, lambda *any: None)
+
+
+def test_a_failed_export_does_not_cost_the_training(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise InputError("such a layer is not known")
+
+    monkeypatch.setattr(pipeline, "write_onnx", refuse)
+    train_network("lenet", "digits", tmp_path / "out", options=replace(OPTIONS, epochs=1), images=100)
+    assert (tmp_path / "out/model.safetensors").is_file()
+    assert not (tmp_path / "out/model.onnx").exists()
+    assert "no model.onnx was written: such a layer is not known" in caplog.text
+
+
+def test_fewer_images_are_spread_over_all_classes(tmp_path, monkeypatch):
+    """Rows of a folder lie class by class; the first so many would leave the last classes out."""
+    pixels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)
+    data = ImageData("mine", pixels, torch.arange(40) // 10)
+    seen = []
+    monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(pipeline, "load_test", lambda *_: None)
+    monkeypatch.setattr(pipeline, "fit", lambda net, kept, *_, **__: seen.append(kept) or {})
+    train_network("lenet", "mine", tmp_path / "out", options=OPTIONS, images=25)
+    assert len(seen[0]) in (22, 23)
+    assert set(seen[0].labels.tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "augment", "used"),
+    [
+        ("photos", None, "natural"),
+        ("here/MNIST", None, "digits"),
+        ("ylecun/mnist", None, "digits"),
+        ("house numbers", "digits", "digits"),
+        ("mnist", "none", "none"),
+    ],
+)
+def test_the_augmentation_is_by_name_unless_it_is_given(name, augment, used, tmp_path, monkeypatch):
+    data = ImageData("mine", torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10)
+    seen = []
+
+    def watched(network, epoch_of, *_, **__):
+        seen.append(epoch_of(0).augment)
+        return {}
+
+    monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: data)
+    monkeypatch.setattr(pipeline, "load_test", lambda *_: None)
+    monkeypatch.setattr(fitting, "train", watched)
+    train_network("lenet", name, tmp_path / "out", options=OPTIONS, augment=augment)
+    assert seen == [used]
+
+
+def test_a_teacher_is_given_images_normalised_as_it_expects(tmp_path, monkeypatch):
+    """The student was saved with one normalisation, its teacher with another."""
+    for name, normalize in (("student", "0.2/0.5"), ("teacher", "0.6/0.25")):
+        once = replace(OPTIONS, epochs=1)
+        train_network("lenet", "digits", tmp_path / name, options=once, images=100, normalize=normalize, device="cpu")
+    teacher, _ = load_student(tmp_path / "teacher")
+    seen = []
+
+    def watched(net, kept, options, *, teacher, normalization, **more):
+        x, _ = next(iter(kept.batches(4, normalization)))
+        seen.append((normalization, kept.images[:4], teacher.eval()(x)))
+        return {}
+
+    monkeypatch.setattr(pipeline, "fit", watched)
+    for model in (str(tmp_path / "student"), "lenet"):
+        options = replace(OPTIONS, method="kd")
+        out = tmp_path / f"out{len(seen)}"
+        taught = {"teacher": str(tmp_path / "teacher"), "device": "cpu"}
+        train_network(model, "digits", out, options=options, images=100, **taught)
+    norms = [Normalization((0.2,), (0.5,)), Normalization((0.6,), (0.25,))]  # one without weights takes the teacher's
+    for (norm, images, found), expected in zip(seen, norms, strict=True):
+        assert norm == expected
+        torch.testing.assert_close(found, teacher(norms[1].apply(images)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "batches"), [(16, 2), (17, 2), (18, 3)])
+def test_one_image_alone_is_no_batch(images, batches, monkeypatch):
+    """A batch norm on 1 x 1 maps cannot train on it."""
+    seen = []
+    monkeypatch.setattr(fitting, "train", lambda *_, steps_per_epoch, **__: seen.append(steps_per_epoch) or {})
+    data = ImageData("mine", torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64))
+    options = replace(OPTIONS, batch_size=8)
+    norm = Normalization((0.5,), (0.5,))
+    fitting.fit(torch.nn.Identity(), data, options, example=None, normalization=norm, device="cpu", progress=print)
+    assert seen == [batches]
