@@ -89,7 +89,7 @@ def test_one_pass_and_a_pass_per_layer_give_the_same(shape):
         torch.testing.assert_close(one[name].kernels, many[name].kernels, rtol=1e-2, atol=1e-3)
         torch.testing.assert_close(one[name].combination, many[name].combination, rtol=1e-2, atol=1e-3)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("batch", [5, 16, 48])
