@@ -5,10 +5,8 @@ from dk2pnet.deploy.latency import Latency, compare_latency
 # Every room that took the function by name.
 _ROOMS = (
     "deploy.costs",
-    "commands.compress",
-    "commands.compress_onnx",
+    "commands.deliver",
     "commands.explore",
-    "commands.extras",
     "students.latency_budget",
 )
 

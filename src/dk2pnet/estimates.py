@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions, class_numbers, is_classifier
+from dk2pnet.measure import Predictions, class_numbers
 
 __all__ = ["Estimate", "accuracy_drop", "disagreement", "estimate", "output_error"]
 
@@ -95,8 +95,10 @@ def disagreement(teacher: Predictions, student: Predictions) -> Estimate:
 def output_error(teacher: Predictions, student: Predictions) -> Estimate:
     """Squared error of the outputs over the teacher's energy; the interval by the delta method over images."""
     pairs = list(zip(teacher.outputs, student.outputs, strict=True))
-    errors = torch.stack([_per_image(t - s) for t, s in pairs]).sum(0)
-    energies = torch.stack([_per_image(t) for t, _ in pairs]).sum(0)
+    # An output may hold -inf by intention, as a mask.
+    known = [torch.where(t.isfinite(), t, 0.0) for t, _ in pairs]
+    errors = torch.stack([_per_image(torch.where(t.isfinite(), t - s, 0.0)) for t, s in pairs]).sum(0)
+    energies = torch.stack([_per_image(each) for each in known]).sum(0)
     total = float(energies.sum().clamp_min(1e-30))
     value = float(errors.sum()) / total
     reach = _Z * float((errors - value * energies).square().sum().sqrt()) / total
@@ -108,7 +110,7 @@ def _per_image(x: Tensor) -> Tensor:
 
 
 def _answers(predictions: Predictions) -> Tensor:
-    if not is_classifier(predictions.outputs):
+    if not predictions.classifies:
         raise InputError(
             "a budget of answers (drop, disagree) needs a classifier (one row of class scores per image), which this "
             "network is not; use error=0.02"

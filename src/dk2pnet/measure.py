@@ -133,6 +133,15 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.outputs[0])
 
+    @property
+    def classifies(self) -> bool:
+        """Whether there is one row of at least two class scores per image."""
+        return is_classifier(self.outputs)
+
+    def infinite(self) -> str | None:
+        """None where all outputs are finite, else where they are not (the text may be empty)."""
+        return None if all(bool(torch.isfinite(output).all()) for output in self.outputs) else ""
+
 
 def outputs_of(output: object) -> list[Tensor]:
     """The tensors in a network's output: a tensor, or tuples, lists and dictionaries of tensors."""
@@ -201,7 +210,7 @@ def accuracy(predictions: Predictions) -> float:
     """Top-1 accuracy in percent."""
     if predictions.labels is None:
         raise InputError("the images have no labels, which accuracy needs; give a labelled data set")
-    if not is_classifier(predictions.outputs):
+    if not predictions.classifies:
         raise InputError("accuracy needs a classifier (one row of class scores per image), which this network is not")
     scores = predictions.outputs[0]
     labels = class_numbers(predictions.labels)
@@ -216,7 +225,7 @@ def accuracy(predictions: Predictions) -> float:
 
 def agreement(teacher: Predictions, student: Predictions) -> float | None:
     """Percentage of images whose top-1 class is the teacher's; None where the network is no classifier."""
-    if not is_classifier(teacher.outputs):
+    if not teacher.classifies:
         return None
     return 100 * float((teacher.outputs[0].argmax(1) == student.outputs[0].argmax(1)).double().mean())
 
@@ -224,7 +233,7 @@ def agreement(teacher: Predictions, student: Predictions) -> float | None:
 def divergence(teacher: Predictions, student: Predictions) -> float:
     """How far the student's outputs are from the teacher's: mean KL(teacher || student) at temperature 1 for a
     classifier, else the squared error relative to the teacher's energy. Infinite when the student's are not finite."""
-    if is_classifier(teacher.outputs):
+    if teacher.classifies:
         target, log_student = (
             F.log_softmax(teacher.outputs[0].double(), 1),
             F.log_softmax(student.outputs[0].double(), 1),

@@ -7,71 +7,46 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from dk2pnet import processes
-from dk2pnet.data import Normalization
 from dk2pnet.decompose.select import cheapest
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.latency import check_target, compare_latency, conditions
 from dk2pnet.errors import InputError, TooSmall
 from dk2pnet.estimates import estimate
-from dk2pnet.measure import Predictions, accuracy, agreement, is_classifier, macs, parameters, predict
-from dk2pnet.networks.torch.sites import find_convolutions
+from dk2pnet.measure import Predictions, accuracy, agreement
+from dk2pnet.networks.network import Network
+from dk2pnet.options import ExploreOptions, flag_of, plain_value, recipe_of
 from dk2pnet.plan import Budget
 from dk2pnet.report.curve import write_curve_page
-from dk2pnet.run.clock import Clock
-from dk2pnet.run.device import environment, pick_device
-from dk2pnet.run.out_folder import check_out, new_folder, unfinished, write_json, write_recipe
-from dk2pnet.run.progress import Progress, silent
-from dk2pnet.run.seed import left_as_found
+from dk2pnet.run.device import environment
+from dk2pnet.run.out_folder import check_out, new_folder, write_json, write_recipe
+from dk2pnet.run.run import Run
+from dk2pnet.run.unfinished import unfinished
 from dk2pnet.students.allocate import candidates_of
-from dk2pnet.students.latency_budget import choose_forms, deployable
+from dk2pnet.students.latency_budget import choose_forms
 from dk2pnet.students.probes import Probe, Prober
-from dk2pnet.students.teacher import Prepared, check_options, plain_options, prepare
+from dk2pnet.students.teacher import Teacher
 
 __all__ = ["compress_command", "default_budgets", "explore", "knee"]
 
 _LARGEST, _SMALLEST = 0.7, 0.08  # of the multiply-adds, between which the budgets are spread evenly in logarithms
 
 
-@left_as_found()
 def explore(
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     data: str | Iterable[Any] | None = None,
-    criterion: str = "loss",
+    options: ExploreOptions | None = None,
     *,
-    budgets: Sequence[str | Budget] = (),
-    points: int = 8,
-    weights: str | None = None,
-    normalize: str | Normalization | None = None,
-    data_dir: str | None = None,
-    holdout: str | Iterable[Any] | None = None,
-    holdout_split: str | None = None,
-    input_size: int | None = None,
-    classes: int | None = None,
-    keep: Sequence[str] = (),
-    first: bool = False,
-    calibration_images: int = 2000,
-    calibration_data: str | None = None,
-    memory: float = 2.0,
-    rebuild: bool = True,
-    tune: str | int | None = None,
-    augment: str | None = None,
-    precision: str = "auto",
-    checkpoint_every: float = 60.0,
-    seed: int = 0,
-    device: str = "auto",
-    threads: int | None = None,
-    target: str = "onnxruntime",
     out: str | Path | None = None,
-    overwrite: bool = False,
-    command: str | None = None,
-    progress: Progress = silent,
+    run: Run | None = None,
+    **flat: Any,
 ) -> dict[str, Any]:
     """Accuracy against multiply-adds, parameters and measured latency, closed form and tuned; returns the figures.
 
@@ -87,126 +62,83 @@ def explore(
 
     Parameters
     ----------
-    budgets : ``macs=F``, ``params=F``, ``latency=F`` or ``kernels=K``; without any, `points` shares of the
-        multiply-adds
+    model, data : as in `compress`
+    options, flat : an `ExploreOptions`, or its fields by name; docs/options.md lists them
     out : folder to write: metrics.json, report.html, recipe.yaml; None writes nothing. A run that was killed goes on
         after the last point that was done
-
-    The other options are those of `compress`.
+    run : how the work shows its progress
 
     Raises
     ------
     InputError
         One sentence that says what was given, what was expected and what to do.
     """
-    asked = dict(locals())
-    check_options(criterion, calibration_images, memory, augment)
-    check_target(target)
-    if isinstance(model, str) and model.lower().endswith(".onnx"):
-        raise InputError(f"explore takes no .onnx model such as {model}; compress it with --budget latency=F instead")
-    if data is None and calibration_data is None:
-        raise InputError("explore measures on images and none were given; give --data")
-    given = [Budget.parse(budget) for budget in budgets]
+    chosen = ExploreOptions.of(options, flat)
+    given = [Budget.parse(budget) for budget in chosen.budgets]
     for budget in given:
         if budget.in_points:
             raise InputError(f"explore shows what budgets lose, and {budget} is a loss; give macs=0.3, or none")
-    if points < 2:
-        raise InputError(f"points is {points}; expected 2 or more")
-    check_out(out, overwrite)
-    chosen = pick_device(device, threads)
-    clock = Clock()
-    ready = prepare(
-        model,
-        data,
-        criterion,
-        calibration_data=calibration_data,
-        weights=weights,
-        normalize=normalize,
-        data_dir=data_dir,
-        test_data=None,
-        holdout=holdout,
-        holdout_split=holdout_split,
-        example_input=None,
-        input_size=input_size,
-        classes=classes,
-        calibration_images=calibration_images,
-        tune=tune,
-        epochs=0,
-        seed=seed,
-        device=chosen,
-    )
-    recipe = plain_options(asked, ("command", "progress", "overwrite", "out"))
-    with ExitStack() as whole:
+    if data is None and chosen.calibration_data is None:
+        raise InputError("explore measures on images and none were given; give --data")
+    check_target(chosen.target or "onnxruntime")
+    check_out(out, chosen.overwrite)
+    with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work, ExitStack() as whole:
+        teacher = Teacher.open(model, data, chosen, work)
+        chosen = replace(chosen, criterion=teacher.criterion, budgets=[str(budget) for budget in given])
+        arguments = {"model": model, "data": data}
         folder = None
         if out is not None:
-            kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"} | ready.digests()
-            folder = whole.enter_context(unfinished(out, overwrite, {"command": "explore", **kept}))
-        prober = whole.enter_context(
-            ready.prober(
-                keep=keep,
-                first=first,
-                memory=memory,
-                rebuild=rebuild,
-                augment=augment,
-                precision=precision,
-                checkpoint_every=checkpoint_every,
-                target=target,
-                threads=threads,
-                folder=folder,
-                clock=clock,
-                progress=progress,
-            )
-        )
-        wanted = given or _spread(prober, ready, points, folder)
-        with clock("evaluate"):
-            judge = _Judge(ready)
-        timer = _Timer(ready, target, threads, clock) if processes.is_main() else None
+            recipe = recipe_of(arguments, chosen)
+            kept = {key: value for key, value in recipe.items() if key != "checkpoint_every"} | teacher.digests()
+            folder = whole.enter_context(unfinished(out, chosen.overwrite, {"command": "explore", **kept}))
+        prober = whole.enter_context(Prober(teacher, folder, work))
+        wanted = given or _spread(prober, chosen.points, folder)
+        with work.clock("evaluate"):
+            scale = _Scale(teacher, work)
+        timer = _Timer(teacher, work) if processes.is_main() else None
         rows = []
-        notes = [ready.tuning.said] * bool(ready.tuning.said)
+        notes = [teacher.tuning.said] * bool(teacher.tuning.said)
         for number, budget in enumerate(wanted):
-            progress(f"exploring {budget}", number, len(wanted))
+            work.progress(f"exploring {budget}", number, len(wanted))
             try:
-                rows.append(_point(budget, prober, judge, timer, clock, folder))
+                rows.append(_point(budget, prober, scale, timer, folder))
             except TooSmall as error:
                 notes.append(str(error))
         if not rows:
             raise TooSmall(notes[-1])
-        images = ready.images
-        assert images is not None
-        images.counts["deciding"] = len(judge.teacher)
-        images.counts.pop("test", None)
+        samples = teacher.samples
+        assert samples is not None
+        samples.counts["deciding"] = len(scale.teacher)
+        samples.counts.pop("test", None)
         rows.sort(key=lambda point: -point["macs_kept"])
-        teacher = judge.of_teacher()
+        value, network = scale.of_teacher(), teacher.network
         metrics: dict[str, Any] = {
-            "measure": judge.name,
-            "decided_by": images.decided_by,
-            "teacher": {
-                "value": teacher,
-                "macs": macs(ready.teacher, ready.example),
-                "parameters": parameters(ready.teacher),
-            },
+            "measure": scale.name,
+            "decided_by": samples.decided_by,
+            "teacher": {"value": value, "macs": network.macs, "parameters": network.parameters},
             "points": rows,
-            "knee": knee(rows, teacher, judge.sign),
+            "knee": knee(rows, value, scale.sign),
             "tuning_steps": prober.steps,
             "notes": notes,
             "run": {
-                "command": command or "dk2pnet.explore(...)",
-                "seed": seed,
-                "criterion": criterion,
-                "images": images.counts,
-                "seconds": clock.seconds,
-                "latency": conditions(target, ready.example, threads),
-                **environment(chosen),
+                "command": work.command or "dk2pnet.explore(...)",
+                "seed": chosen.seed,
+                "criterion": teacher.criterion,
+                "images": samples.counts,
+                "seconds": work.clock.seconds,
+                "latency": conditions(chosen.target or "onnxruntime", network.example, work.threads),
+                **environment(work.device),
             },
         }
         if prober.steps:  # a time was turned into so many
-            recipe["tune"] = prober.steps
+            chosen = replace(chosen, tune=prober.steps)
+        usual = replace(chosen, criterion=None) if teacher.criterion == network.default_criterion else chosen
         for point in rows:
-            point["command"] = compress_command(recipe, point["budget"])
+            point["command"] = compress_command(arguments, usual, point["budget"])
         if out is not None and processes.is_main():
-            with new_folder(Path(out), overwrite) as new:
+            with new_folder(Path(out), chosen.overwrite) as new:
                 write_json(new / "metrics.json", metrics)
-                write_recipe(new / "recipe.yaml", "explore", recipe)
+                write_recipe(new / "recipe.yaml", "explore", recipe_of(arguments, chosen))
                 write_curve_page(metrics, new / "report.html")
     return metrics
 
@@ -241,24 +173,23 @@ def knee(points: Sequence[Mapping[str, Any]], teacher: float, sign: int) -> str 
     return found
 
 
-def compress_command(options: Mapping[str, Any], budget: str) -> str:
+def compress_command(arguments: Mapping[str, Any], options: ExploreOptions, budget: str) -> str:
     """The command that makes one point's network."""
     words = ["dk2pnet", "compress"]
-    left_out = ("budgets", "points", "checkpoint_every", "holdout", "holdout_split")
-    usual = {"criterion": "loss", "calibration_images": 2000, "memory": 2.0, "seed": 0, "target": "onnxruntime"}
-    usual |= {"precision": "auto", "device": "auto"}
-    for key, value in options.items():
-        if key in left_out or value is None or value == usual.get(key) or value is False or value == []:
+    for name, value in arguments.items():
+        if (text := plain_value(value)) is not None:
+            words += [f"--{name}", str(text)]
+    left_out = ("budgets", "points", "checkpoint_every", "holdout", "holdout_split", "overwrite")
+    plain = options.plain()
+    for each in options.changed():
+        value, flag = plain[each.name], flag_of(each)
+        if each.name in left_out or value is None:
             continue
-        name = "--" + key.replace("_", "-")
-        if value is True:
-            words += [] if key == "rebuild" else [name]
-        elif isinstance(value, list):
-            words += [part for each in value for part in (name, str(each))]
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            words += [name, str(value)]
-    if options.get("rebuild") is False:
-        words.append("--no-rebuild")
+            values = value if isinstance(value, list) else [value]
+            words += [part for one in values for part in (flag, str(one))]
     return shlex.join([*words, "--budget", budget, "--out", f"out-{budget}"])
 
 
@@ -269,7 +200,7 @@ def _best(point: Mapping[str, Any]) -> float:
     return (point["tuned"] or point["closed form"])["value"]
 
 
-def _spread(prober: Prober, ready: Prepared, points: int, folder: Path | None) -> list[Budget]:
+def _spread(prober: Prober, points: int, folder: Path | None) -> list[Budget]:
     """The budgets of this run, the same when it goes on."""
     path = folder / "budgets.json" if folder is not None else None
     if path is not None and path.exists():
@@ -283,16 +214,15 @@ def _spread(prober: Prober, ready: Prepared, points: int, folder: Path | None) -
     return budgets
 
 
-class _Judge:
+class _Scale:
     """Gives the figure of a network on the deciding images, and what it loses against the teacher."""
 
-    def __init__(self, ready: Prepared) -> None:
-        assert ready.images is not None
-        assert ready.images.decide is not None
-        self.images, self.device = ready.images.decide, ready.device
-        self.teacher = predict(ready.teacher, self.images, self.device)
+    def __init__(self, teacher: Teacher, run: Run) -> None:
+        assert teacher.samples is not None
+        self.samples, self.run = teacher.samples.decide, run
+        self.teacher = teacher.network.predict(self.samples, run)
         self.kind = "error"
-        if is_classifier(self.teacher.outputs):
+        if self.teacher.classifies:
             self.kind = "disagree" if self.teacher.labels is None else "drop"
         names = {"drop": "accuracy", "disagree": "agreement with the teacher", "error": "error of the outputs"}
         self.name = names[self.kind]
@@ -302,9 +232,9 @@ class _Judge:
         """Its own figure."""
         return self._figure(self.teacher)
 
-    def of(self, student: nn.Module) -> dict[str, Any]:
+    def of(self, student: Network) -> dict[str, Any]:
         """Figure and loss of a student."""
-        answers = predict(student, self.images, self.device)
+        answers = student.predict(self.samples, self.run)
         return {"value": self._figure(answers), "loss": estimate(self.kind, self.teacher, answers).to_dict()}
 
     def _figure(self, answers: Predictions) -> float:
@@ -320,40 +250,39 @@ class _Judge:
 class _Timer:
     """Measures a student beside the teacher."""
 
-    def __init__(self, ready: Prepared, target: str, threads: int | None, clock: Clock) -> None:
-        self.ready, self.target, self.threads, self.clock = ready, target, threads, clock
-        self.example: Tensor = ready.example.cpu()
-        self.sizes = {site.name: site.input_size for site in find_convolutions(ready.teacher, ready.example)}
-        self.table = LatencyTable(target, threads)
+    def __init__(self, teacher: Teacher, run: Run) -> None:
+        self.network, self.sites, self.run = teacher.network, teacher.open_sites, run
+        self.target = teacher.options.target or "onnxruntime"
+        self.table = LatencyTable(self.target, run.threads)
         self.dense: Any = None
 
-    def of(self, student: nn.Module, forms: Mapping[str, str]) -> dict[str, float]:
+    def of(self, student: Network, forms: Mapping[str, str]) -> dict[str, float]:
         """Milliseconds of both, and their ratio."""
-        student = student.cpu()
-        with self.clock("choosing forms"):
-            sizes = {name: size for name, size in self.sizes.items() if name not in forms}
-            forms = {**forms, **choose_forms(student, sizes, self.table)}
-        with self.clock("export"):
+        with self.run.clock("choosing forms"):
+            sites = {name: site for name, site in self.sites.items() if name not in forms}
+            forms = {**forms, **choose_forms(student, sites, self.table)}
+        with self.run.clock("export"):
             if self.dense is None:
-                self.dense = deployable(self.ready.teacher, self.example, self.target, self.ready.network.forms)
-            network = deployable(student, self.example, self.target, forms)
-        with self.clock("latency"):
+                self.dense = self.network.deployable(self.target, {})
+            network = student.deployable(self.target, forms)
+        with self.run.clock("latency"):
             found = compare_latency(
-                {"dense": self.dense, "student": network}, self.example, target=self.target, threads=self.threads
+                {"dense": self.dense, "student": network},
+                self.network.example,
+                target=self.target,
+                threads=self.run.threads,
             )
         dense, mine = found["dense"].median_ms, found["student"].median_ms
         return {"teacher_ms": dense, "student_ms": mine, "ratio": mine / dense}
 
 
-def _point(
-    budget: Budget, prober: Prober, judge: _Judge, timer: _Timer | None, clock: Clock, folder: Path | None
-) -> dict[str, Any]:
+def _point(budget: Budget, prober: Prober, scale: _Scale, timer: _Timer | None, folder: Path | None) -> dict[str, Any]:
     """One row, kept in `folder` once it is whole."""
     place = folder / "probes" / str(budget) if folder is not None else None
     path = place / "point.json" if place is not None else None
     if path is None or not path.exists():
         probe = prober.make(budget)
-        row = _row(probe, judge, timer, clock)
+        row = _row(probe, scale, timer)
         if path is None:
             return row
         if processes.is_main():
@@ -364,11 +293,11 @@ def _point(
     return found["row"]
 
 
-def _row(probe: Probe, judge: _Judge, timer: _Timer | None, clock: Clock) -> dict[str, Any]:
+def _row(probe: Probe, scale: _Scale, timer: _Timer | None) -> dict[str, Any]:
     plan = probe.solved.plan
-    with clock("evaluate"):
-        closed = judge.of(probe.solved.student)
-        tuned = None if probe.tuned is None else judge.of(probe.tuned)
+    with scale.run.clock("evaluate"):
+        closed = scale.of(probe.solved.student)
+        tuned = None if probe.tuned is None else scale.of(probe.tuned)
     return {
         "budget": str(probe.budget),
         "macs": plan.macs,

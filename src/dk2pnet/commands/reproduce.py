@@ -1,6 +1,6 @@
 """The paper's experiment on one data set: a teacher, and a student of dominant kernels by every method and seed.
 
-Runs are OUT folders of `train_network` inside one folder, skipped once they are there, so that the table grows over
+Runs are OUT folders of `train` inside one folder, skipped once they are there, so that the table grows over
 days and over several processes; the results are read from the folders, never kept beside them.
 """
 
@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from scipy.stats import t as student_t
 
-from dk2pnet.commands.train import train_network
+from dk2pnet.commands.train import train
 from dk2pnet.errors import InputError
 from dk2pnet.networks.named import make_network
+from dk2pnet.options import ReproduceOptions, TrainOptions
 from dk2pnet.processes import is_main, wait
 from dk2pnet.report.reproduction import write_reproduction
 from dk2pnet.run.out_folder import write_json
-from dk2pnet.run.progress import Progress, silent
+from dk2pnet.run.run import Run
 from dk2pnet.training.losses import DEFAULT_METHOD
 from dk2pnet.training.trainer import TrainingOptions
 
@@ -68,25 +69,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def reproduce(
     data: str,
-    out: str | Path,
+    options: ReproduceOptions | None = None,
     *,
-    student: str | None = None,
-    teacher: str | None = None,
-    teacher_weights: str | None = None,
-    normalize: str | None = None,
-    methods: Sequence[str] = (),
-    seeds: Sequence[int] = (0, 1, 2),
-    epochs: int | None = None,
-    teacher_epochs: int | None = None,
-    learning_rate: float | None = None,
-    quick: bool = False,
-    precision: str = "auto",
-    data_dir: str | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    checkpoint_every: float = 60.0,
-    command: str = "",
-    progress: Progress = silent,
+    out: str | Path,
+    run: Run | None = None,
+    **flat: Any,
 ) -> dict[str, Any]:
     """Train the teacher, then the student under each method and seed; returns and writes the results so far.
 
@@ -94,76 +81,79 @@ def reproduce(
     `teacher_weights`, is there already; another is a name, and trained first. `quick`: small networks, 3,000 images,
     two epochs, one seed: the same path in a minute or two.
     `out` gets ``teacher/``, ``METHOD-SEED/`` (OUT folders), ``results.json``, ``results.md`` and ``figure.svg``; a call
-    with other methods or seeds adds to it, one with another setup is refused.
+    with other methods or seeds adds to it, one with another setup is refused. `options`, `flat`: a `ReproduceOptions`,
+    or its fields by name; docs/options.md lists them.
     """
-    setup = _QUICK if quick else SETUPS.get(data, OTHER)
-    chosen = list(methods) or list(METHODS)
-    for name in chosen:
+    chosen, around = ReproduceOptions.of(options, flat), run or Run()
+    methods, seeds = list(chosen.methods) or list(METHODS), chosen.seeds
+    for name in methods:
         if name not in METHODS:
             raise InputError(f"method is {name!r}; expected some of {', '.join(METHODS)}")
     if not seeds or min(seeds) < 0:
         raise InputError(f"seeds are {', '.join(map(str, seeds)) or 'none'}; expected one or more, each 0 or more")
-    if teacher is None and teacher_weights is not None:
-        raise InputError(f"teacher weights {teacher_weights} were given without a teacher; name the network too")
-    trained = teacher is not None and (teacher_weights is not None or Path(teacher).is_dir())
-    if trained and teacher_epochs is not None:
-        raise InputError(f"teacher epochs {teacher_epochs} were given with a teacher that is trained; leave them out")
-    settings: dict[str, Any] = {
-        "data": data,
-        "student": student or setup.student,
-        "teacher": teacher or setup.teacher,
-        "teacher_weights": teacher_weights,
-        "normalize": normalize,
-        "epochs": setup.epochs if epochs is None else epochs,
-        "teacher_epochs": None if trained else teacher_epochs or setup.teacher_epochs,
-        "learning_rate": setup.learning_rate if learning_rate is None else learning_rate,
-        "images": _QUICK_IMAGES if quick else None,
-        "quick": quick,
-    }
+    settings, trained = _settings(data, chosen)
     for name in (settings["student"], *(() if trained else (settings["teacher"],))):
         make_network(name)  # a wrong name is refused here, and not after hours of the teacher
     folder = Path(out)
     _check(folder, settings)
-    common: dict[str, Any] = {"normalize": normalize, "data_dir": data_dir, "device": device, "threads": threads}
-    common |= {"images": settings["images"], "command": command}
+    common = {key: getattr(chosen, key) for key in ("precision", "checkpoint_every", "normalize", "data_dir")}
+    common |= {"device": chosen.device, "threads": chosen.threads, "images": settings["images"]}
+    common |= {"learning_rate": settings["learning_rate"]}
 
-    def options_for(**given: Any) -> TrainingOptions:
-        given = {"learning_rate": settings["learning_rate"], **given}
-        return TrainingOptions(precision=precision, checkpoint_every=checkpoint_every, **given)
-
-    def run(model: str, name: str, options: TrainingOptions, **taught: Any) -> None:
+    def train_into(model: str, name: str, **more: Any) -> None:
         if (folder / name).exists():
             return
-        told = ("epochs", "learning_rate", "method", "alpha", "beta_end", "precision", "checkpoint_every", "seed")
-        recipe = {"model": model, "data": data, **taught, **{key: getattr(options, key) for key in told}}
-        recipe |= {key: common[key] for key in ("normalize", "data_dir", "images", "device", "threads")}
 
         def shown(what: str, done: int, total: int) -> None:
-            progress(what.replace("training", f"training {name}", 1), done, total)
+            around.progress(what.replace("training", f"training {name}", 1), done, total)
 
-        train_network(model, data, folder / name, options=options, recipe=recipe, progress=shown, **taught, **common)
+        train(model, data, TrainOptions(**{**common, **more}), out=folder / name, run=replace(around, progress=shown))
         wait()  # until the main process has written the folder
 
-    asked = [
-        (name, options_for(epochs=settings["epochs"], seed=seed, **METHODS[name]))
-        for seed in (seeds[:1] if quick else seeds)
-        for name in chosen
-    ]
+    asked = [(name, seed) for seed in (seeds[:1] if chosen.quick else seeds) for name in methods]
+    taught = {"teacher": chosen.teacher, "teacher_weights": chosen.teacher_weights}
+    results: dict[str, Any] = {}
     try:
         if not trained:
-            run(settings["teacher"], "teacher", options_for(epochs=settings["teacher_epochs"], method="labels"))
+            train_into(settings["teacher"], "teacher", epochs=settings["teacher_epochs"], method="labels")
             _write(folder, settings)  # so that another call does not take this teacher for its own
             taught = {"teacher": str(folder / "teacher")}
-        else:
-            taught = {"teacher": teacher, "teacher_weights": teacher_weights}
-        for name, options in asked:
-            run(settings["student"], f"{name}-{options.seed}", options, **(taught if name != "labels" else {}))
+        for name, seed in asked:
+            more = taught if name != "labels" else {}
+            epochs = settings["epochs"]
+            train_into(settings["student"], f"{name}-{seed}", epochs=epochs, seed=seed, **METHODS[name], **more)
             results = _write(folder, settings)
     except InputError:
         if is_main() and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         raise
     return results
+
+
+def _settings(data: str, chosen: ReproduceOptions) -> tuple[dict[str, Any], bool]:
+    """What every call that adds to the folder has to share, and whether the teacher is trained already."""
+    setup = _QUICK if chosen.quick else SETUPS.get(data, OTHER)
+    teacher, weights = chosen.teacher, chosen.teacher_weights
+    if teacher is None and weights is not None:
+        raise InputError(f"teacher weights {weights} were given without a teacher; name the network too")
+    trained = teacher is not None and (weights is not None or Path(teacher).is_dir())
+    if trained and chosen.teacher_epochs is not None:
+        raise InputError(
+            f"teacher epochs {chosen.teacher_epochs} were given with a teacher that is trained; leave them out"
+        )
+    settings: dict[str, Any] = {
+        "data": data,
+        "student": chosen.student or setup.student,
+        "teacher": teacher or setup.teacher,
+        "teacher_weights": weights,
+        "normalize": chosen.normalize,
+        "epochs": setup.epochs if chosen.epochs is None else chosen.epochs,
+        "teacher_epochs": None if trained else chosen.teacher_epochs or setup.teacher_epochs,
+        "learning_rate": setup.learning_rate if chosen.learning_rate is None else chosen.learning_rate,
+        "images": _QUICK_IMAGES if chosen.quick else None,
+        "quick": chosen.quick,
+    }
+    return settings, trained
 
 
 def _check(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,144 +11,160 @@ import torch
 from torch import Tensor, nn
 
 from dk2pnet.data import ImageData, Normalization, split_training
-from dk2pnet.data.images import batch_size_for, check_augment
+from dk2pnet.data.images import batch_size_for
 from dk2pnet.data.sources import load_test
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
-from dk2pnet.measure import accuracy, is_classifier, macs, parameters, predict
+from dk2pnet.measure import accuracy, macs, parameters, predict
 from dk2pnet.networks.open import load_data, open_network
 from dk2pnet.networks.saved import save_student
+from dk2pnet.networks.torch.network import TorchNetwork, write_onnx
+from dk2pnet.options import TrainOptions, recipe_of
 from dk2pnet.plan import Plan
 from dk2pnet.processes import is_main
-from dk2pnet.run.device import environment, pick_device
-from dk2pnet.run.out_folder import check_out, keep_logs, new_folder, unfinished, write_json, write_onnx, write_recipe
-from dk2pnet.run.progress import Progress, silent
-from dk2pnet.training.fit import fit
+from dk2pnet.run.device import environment
+from dk2pnet.run.out_folder import check_out, new_folder, write_json, write_recipe
+from dk2pnet.run.run import Run
+from dk2pnet.run.unfinished import keep_logs, unfinished
+from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.trainer import TrainingOptions
 
-__all__ = ["train_network"]
+__all__ = ["train"]
 
 _log = logging.getLogger(__name__)
 
 
-def train_network(
+def train(
     model: str,
     data: str,
-    out: str | Path,
+    options: TrainOptions | None = None,
     *,
-    teacher: str | None = None,
-    teacher_weights: str | None = None,
-    weights: str | None = None,
-    normalize: str | None = None,
-    data_dir: str | None = None,
-    input_size: int | None = None,
-    classes: int | None = None,
-    options: TrainingOptions | None = None,
-    images: int | None = None,
-    augment: str | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    overwrite: bool = False,
-    command: str = "",
-    recipe: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
+    out: str | Path,
+    run: Run | None = None,
+    **flat: Any,
 ) -> dict[str, Any]:
     """Train on nine tenths of the training split; returns the metrics, with validation and test accuracy.
 
-    `teacher` (a name with `teacher_weights`, or an OUT folder) teaches by the method of the options. Without
-    `normalize` the images are normalised as a network with weights expects, as the teacher does for one without, else
-    by their own mean and standard deviation; that is saved with the network, and a teacher that expects something else
-    is given that. `images`: so many of the training split, spread evenly over it, the same in every call, None for all.
-    `augment`: ``natural``, ``digits`` or ``none``; None for what suits the data set's name.
-    Checkpoints and logs lie in ``OUT.unfinished`` until the run is done; the same call goes on from there.
+    Example::
+
+        dk2pnet.train("resnet20", "cifar10", out="teacher", epochs=40)
+        dk2pnet.train("dk2pnet-20x32", "cifar10", out="student", teacher="teacher", epochs=40)
+
+    Without `normalize` the images are normalised as a network with weights expects, as the teacher does for one
+    without, else by their own mean and standard deviation; that is saved with the network, and a teacher that expects
+    something else is given that. Checkpoints and logs lie in ``OUT.unfinished`` until the run is done; the same call
+    goes on from there. `options`, `flat`: a `TrainOptions`, or its fields by name; docs/options.md lists them.
+
+    Raises
+    ------
+    InputError
+        One sentence that says what was given, what was expected and what to do.
     """
-    options = options or TrainingOptions()
-    check_augment(augment)
-    check_out(out, overwrite)
-    chosen = pick_device(device, threads)
-    training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
-    if training is None or (training.labels is None and teacher is None):
+    chosen = TrainOptions.of(options, flat)
+    given = _training_options(chosen)
+    check_out(out, chosen.overwrite)
+    with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work:
+        images = _images(model, data, chosen)
+        kept, validation = split_training(images)
+        torch.manual_seed(chosen.seed)
+        network, teacher, norm = _networks(model, images, kept, chosen)
+        test = load_test(data, images, chosen.data_dir)  # now, as what is wrong with it must not cost the training
+        net = network.model.to(work.device)
+        example = norm.apply(images.subset([0]).images).to(work.device)
+        recipe = recipe_of({"model": model, "data": data}, chosen)
+        # How it runs is no part of what is asked: a run may go on with other threads, or without its GPU.
+        asked = {key: value for key, value in recipe.items() if key not in ("checkpoint_every", "threads", "device")}
+        with unfinished(out, chosen.overwrite, {"command": "train", **asked}) as folder:
+            source = Source(kept, data, norm, chosen.augment, validation=validation)
+            taught_by = teacher.model if teacher is not None else None
+            last = fit(net, source, given, work, example=example, teacher=taught_by, folder=folder)
+            if not is_main():
+                return {}
+            set_form(net, "folded")
+            figures: dict[str, Any] = {
+                "validation_accuracy": _accuracy(net, validation, norm, work),
+                "accuracy": _accuracy(net, test, norm, work),
+                "parameters": parameters(net),
+                "macs": macs(net, example),
+            }
+            counts = {"train": len(kept), "validation": len(validation), "test": len(test) if test is not None else 0}
+            facts = {"command": work.command or "dk2pnet.train(...)", "seed": chosen.seed, "images": counts}
+            facts["last_epoch_loss"] = last
+            metrics: dict[str, Any] = {"network": figures, "run": facts | environment(work.device)}
+            if teacher is not None:
+                metrics["teacher"] = {
+                    "accuracy": _accuracy(teacher.model, test, norm, work),
+                    "parameters": parameters(teacher.model),
+                    "macs": macs(teacher.model, example),
+                }
+            with new_folder(out, chosen.overwrite) as new:
+                plan = network.plan or Plan()
+                plan.network, plan.input_shape = network.spec, list(example.shape[1:])
+                plan.normalization = norm.to_dict()
+                set_form(net, "branches")
+                net.cpu().eval()
+                try:
+                    figures["onnx_difference"] = write_onnx(net, plan, example.cpu(), new / "model.onnx")
+                except InputError as error:  # hours of training are worth keeping without it
+                    _log.warning("no model.onnx was written: %s", error)
+                    (new / "model.onnx").unlink(missing_ok=True)
+                save_student(net, plan, new)
+                write_json(new / "metrics.json", metrics)
+                write_recipe(new / "recipe.yaml", "train", recipe)
+                keep_logs(folder, new)
+    return metrics
+
+
+def _training_options(chosen: TrainOptions) -> TrainingOptions:
+    names = (
+        *("epochs", "batch_size", "learning_rate", "weight_decay", "method", "alpha", "tau", "beta", "beta_end"),
+        *("kp_tau", "pre_regressor", "precision", "compile", "seed", "checkpoint_every"),
+    )
+    return TrainingOptions(hints=tuple(chosen.hints), **{name: getattr(chosen, name) for name in names})
+
+
+def _images(model: str, data: str, chosen: TrainOptions) -> ImageData:
+    """The training split, or `images` of it: spread evenly over it, the same in every call."""
+    found = load_data(data, "train", model, data_dir=chosen.data_dir, input_size=chosen.input_size)
+    if found is None or (found.labels is None and chosen.teacher is None):
         raise InputError(f"data set {data!r} has no labelled training split, which training reads; give one that has")
-    if images is not None and images < 2:
-        raise InputError(f"{images} training images were asked for; expected 2 or more, as a tenth only validates")
-    if images is not None:
-        fewer = min(images, len(training))
-        training = training.subset(torch.arange(fewer) * len(training) // fewer)
-    kept, validation = split_training(training)
-    torch.manual_seed(options.seed)
-    network = open_network(model, weights=weights, normalize=normalize, data=training, classes=classes)
-    taught_by = None
-    if teacher is not None:
-        if options.method == "labels":
+    if chosen.images is None:
+        return found
+    if chosen.images < 2:
+        raise InputError(
+            f"{chosen.images} training images were asked for; expected 2 or more, as a tenth only validates"
+        )
+    fewer = min(chosen.images, len(found))
+    return found.subset(torch.arange(fewer) * len(found) // fewer)
+
+
+def _networks(
+    model: str, images: ImageData, kept: ImageData, chosen: TrainOptions
+) -> tuple[TorchNetwork, TorchNetwork | None, Normalization]:
+    """The network, its teacher, and how the images are normalised for both."""
+    named = {"normalize": chosen.normalize, "data": images, "classes": chosen.classes}
+    network = open_network(model, weights=chosen.weights, **named)
+    teacher = None
+    if chosen.teacher is not None:
+        if chosen.method == "labels":
             raise InputError("method 'labels' uses no teacher; leave --teacher away, or use --method kd")
-        taught_by = open_network(teacher, weights=teacher_weights, normalize=normalize, data=training, classes=classes)
-        if taught_by.plan is None and teacher_weights is None:
-            raise InputError(f"teacher {teacher!r} has no weights; give its file (or 'pretrained') as teacher weights")
-    elif options.method not in (None, "labels"):
-        raise InputError(f"method {options.method!r} needs a teacher; give one with --teacher")
-    elif teacher_weights is not None:
-        raise InputError(f"teacher weights {teacher_weights} were given without a teacher; name the network too")
-    expected = [network.normalization, taught_by.normalization if taught_by else None]
-    if network.plan is None and weights is None:
+        teacher = open_network(chosen.teacher, weights=chosen.teacher_weights, **named)
+        if teacher.plan is None and chosen.teacher_weights is None:
+            raise InputError(
+                f"teacher {chosen.teacher!r} has no weights; give its file (or 'pretrained') as teacher weights"
+            )
+    elif chosen.method not in (None, "labels"):
+        raise InputError(f"method {chosen.method!r} needs a teacher; give one with --teacher")
+    elif chosen.teacher_weights is not None:
+        raise InputError(f"teacher weights {chosen.teacher_weights} were given without a teacher; name the network too")
+    expected = [network.normalization, teacher.normalization if teacher else None]
+    if network.plan is None and chosen.weights is None:
         expected.reverse()  # a student without weights expects nothing of its own
     norm = expected[0] or expected[1] or Normalization.measure(kept)
-    norm.check(training.channels)
-    if taught_by is not None and taught_by.normalization not in (None, norm):
-        taught_by.model.register_forward_pre_hook(_from_to(norm, taught_by.normalization))
-    test = load_test(data, training, data_dir)  # now, as what is wrong with it must not cost the training
-    net = network.model.to(chosen)
-    example = norm.apply(training.subset([0]).images).to(chosen)
-    # How it runs is no part of what is asked: a run may go on with other threads, or without the GPU that it began on.
-    how = ("checkpoint_every", "threads", "device")
-    asked = {key: value for key, value in (recipe or {}).items() if key not in how}
-    with unfinished(out, overwrite, {"command": "train", **asked}) as folder:
-        last = fit(
-            net,
-            kept,
-            options,
-            example=example,
-            teacher=taught_by.model if taught_by else None,
-            name=data,
-            normalization=norm,
-            augment=augment,
-            validation=validation,
-            device=chosen,
-            folder=folder,
-            progress=progress,
-        )
-        if not is_main():
-            return {}
-        set_form(net, "folded")
-        figures: dict[str, Any] = {
-            "validation_accuracy": _accuracy(net, validation, norm, chosen),
-            "accuracy": _accuracy(net, test, norm, chosen),
-            "parameters": parameters(net),
-            "macs": macs(net, example),
-        }
-        images = {"train": len(kept), "validation": len(validation), "test": len(test) if test is not None else 0}
-        run = {"command": command, "seed": options.seed, "images": images, "last_epoch_loss": last}
-        metrics: dict[str, Any] = {"network": figures, "run": run | environment(chosen)}
-        if taught_by is not None:
-            metrics["teacher"] = {
-                "accuracy": _accuracy(taught_by.model, test, norm, chosen),
-                "parameters": parameters(taught_by.model),
-                "macs": macs(taught_by.model, example),
-            }
-        with new_folder(out, overwrite) as new:
-            plan = network.plan or Plan()
-            plan.network, plan.input_shape, plan.normalization = network.spec, list(example.shape[1:]), norm.to_dict()
-            set_form(net, "branches")
-            net.cpu().eval()
-            try:
-                figures["onnx_difference"] = write_onnx(net, plan, example.cpu(), new / "model.onnx")
-            except InputError as error:  # hours of training are worth keeping without it
-                _log.warning("no model.onnx was written: %s", error)
-                (new / "model.onnx").unlink(missing_ok=True)
-            save_student(net, plan, new)
-            write_json(new / "metrics.json", metrics)
-            write_recipe(new / "recipe.yaml", "train", recipe or {})
-            keep_logs(folder, new)
-    return metrics
+    norm.check(images.channels)
+    if teacher is not None and teacher.normalization not in (None, norm):
+        teacher.model.register_forward_pre_hook(_from_to(norm, teacher.normalization))
+    return network, teacher, norm
 
 
 def _from_to(given: Normalization, expected: Normalization) -> Callable[[nn.Module, tuple[Tensor, ...]], Tensor]:
@@ -164,8 +180,8 @@ def _from_to(given: Normalization, expected: Normalization) -> Callable[[nn.Modu
     return hook
 
 
-def _accuracy(net: nn.Module, images: ImageData | None, norm: Normalization, device: torch.device) -> float | None:
+def _accuracy(net: nn.Module, images: ImageData | None, norm: Normalization, run: Run) -> float | None:
     if images is None or images.labels is None:
         return None
-    predictions = predict(net, images.batches(batch_size_for(images.size), norm), device)
-    return accuracy(predictions) if is_classifier(predictions.outputs) else None
+    found = predict(net, images.batches(batch_size_for(images.size), norm), run.device)
+    return accuracy(found) if found.classifies else None

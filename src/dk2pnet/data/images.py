@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dk2pnet.errors import InputError, first_line
+from dk2pnet.options import AUGMENTATIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,11 +30,9 @@ __all__ = [
     "Rows",
     "augmentation_for",
     "batch_size_for",
-    "check_augment",
     "generator_for",
 ]
 
-AUGMENTATIONS = ("none", "digits", "natural")
 SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image keeps at least, as is usual
 
 _DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}  # names of data sets
@@ -487,9 +486,3 @@ def batch_size_for(size: Iterable[int]) -> int:
 def augmentation_for(name: str) -> str:
     """Digits, on the hub or in a folder of such a name, are never mirrored."""
     return "digits" if Path(name).name.lower() in _DIGITS else "natural"
-
-
-def check_augment(augment: str | None) -> None:
-    """`InputError` for what is no augmentation."""
-    if augment is not None and augment not in AUGMENTATIONS:
-        raise InputError(f"augmentation is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")

@@ -1,28 +1,65 @@
-"""The images of a run that decomposes: what is gathered from, what decides, what only reports."""
+"""The samples of a run: what is gathered from, what decides, what only reports; images and arrays alike.
+
+One rule for all: of the calibration samples every fifth decides, of a named data set a tenth of the training split is
+kept apart from both, and a sample is in one part only.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from dk2pnet.data import ImageData, UserBatches, calibration_split, part_of_split, split_training
-from dk2pnet.data.images import batch_size_for
+from dk2pnet.data.arrays import ArrayBatches, Arrays, Feed
+from dk2pnet.data.images import ImageData, Normalization, batch_size_for, generator_for
+from dk2pnet.data.sources import has_split, load
+from dk2pnet.data.splits import UserBatches, calibration_split, part_of_split, split_training
 from dk2pnet.errors import InputError
-from dk2pnet.networks.open import Network
 
-__all__ = ["Batches", "Images", "Part", "named_images", "user_images"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Batching",
+    "Every",
+    "Part",
+    "Samples",
+    "any_split",
+    "array_samples",
+    "named_samples",
+    "user_samples",
+]
 
-Batches = Iterable[tuple[Tensor, Tensor | None]]
+Batch = tuple[Any, Tensor | None]  # inputs (a tensor (B, C, H, W) or a `Feed`) and labels
+Batches = Iterable[Batch]
+_MOST = 8  # samples at once of a network that takes arrays and leaves it open: more gain nothing on a CPU
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How many samples a network takes at once: at most `size` (None: what suits the images), or always if `fixed`."""
+
+    size: int | None = None
+    fixed: bool = False
+
+    def of(self, data: ImageData, normalization: Normalization, count: int) -> Batches:
+        """Batches of a data set, of which the smallest part has `count` images."""
+        size = batch_size_for(data.size) if self.size is None else self.size if self.fixed else min(self.size, count)
+        batches: Batches = data.batches(size, normalization)
+        return Whole(batches, size) if self.fixed else batches
+
+    def whole(self, count: int) -> int:
+        """How many of so many samples there are in whole batches."""
+        return count // self.size * self.size if self.fixed and self.size else count
+
+
 @dataclass
-class Images:
-    """The images of a run, as normalised batches. `held_out` decides, `test` only reports.
+class Samples:
+    """The samples of a run, as batches of what the network takes. `held_out` decides, `test` only reports.
 
     ``tune``: those of `gather`, for tuning; ``train`` and ``validation``: the labelled ones of a data set; ``decide``:
     those that a budget in points is decided on, which are in none of the others, and ``decided_by``: which they are.
@@ -31,35 +68,42 @@ class Images:
     gather: Batches
     held_out: Batches
     counts: dict[str, int]
-    tune: ImageData | UserBatches
+    tune: ImageData | Batches
+    decide: Batches
+    decided_by: str
     test: Batches | None = None
-    train: ImageData | UserBatches | None = None
+    train: ImageData | Batches | None = None
     validation: ImageData | None = None
-    decide: Batches | None = None
-    decided_by: str = ""
+
+    @property
+    def first(self) -> Tensor | Feed:
+        """The inputs of the first batch."""
+        return next(iter(self.gather))[0]
 
 
-def named_images(
+def named_samples(
     training: ImageData,
     test: ImageData | None,
-    network: Network,
+    normalization: Normalization | None,
     count: int,
+    *,
     holdout: ImageData | None = None,
     holdout_split: str | None = None,
     calibration: ImageData | None = None,
-) -> Images:
+    batching: Batching = Batching(),
+) -> Samples:
     """From the splits of a data set; `count` calibration images of nine tenths of the training split.
 
     The other tenth decides on budgets in points, or else `holdout`, or the part of a split that `holdout_split` names,
     which is then left out of that split. With `calibration` the calibration images are nine tenths of those, whatever
     they show.
     """
-    if network.normalization is None:
+    if normalization is None:
         raise InputError(
             "the normalisation that the network was trained with is not known; give it with --normalize "
             "(imagenet, cifar10, ... or MEAN,.../STD,...)"
         )
-    norm = network.normalization
+    norm = normalization
     norm.check(training.channels)
     decided_by = "the validation tenth of the training split"
     if holdout_split is not None:
@@ -84,28 +128,40 @@ def named_images(
         norm.check(calibration.channels)
     source = kept if calibration is None else split_training(calibration)[0]
     gather, held_out = calibration_split(source, count)
-    size = batch_size_for(training.size)
+    size = batching.size
+    if batching.fixed and size and min(len(gather), len(held_out)) < size:
+        raise InputError(
+            f"data set {training.name!r} gives {len(gather)} images to calibrate with and {len(held_out)} to decide "
+            f"with; the graph takes {size} at once: give more images"
+        )
     counts = {"calibration": len(gather), "held out": len(held_out)}
-    test_batches = None
-    if test is not None and test.labels is not None:
-        counts["test"] = len(test)
-        test_batches = test.batches(size, norm)
-    return Images(
-        gather.batches(size, norm),
-        held_out.batches(size, norm),
+    test = test if test is not None and test.labels is not None else None
+    if test is not None:
+        counts["test"] = batching.whole(len(test))
+
+    def batches(data: ImageData) -> Batches:
+        return batching.of(data, norm, len(held_out))
+
+    return Samples(
+        batches(gather),
+        batches(held_out),
         counts,
         gather,
-        test_batches,
+        batches(decide),
+        decided_by,
+        None if test is None else batches(test),
         kept,
         validation,
-        decide.batches(size, norm),
-        decided_by,
     )
 
 
-def user_images(
-    data: Iterable[Any], test_data: Iterable[Any] | None, count: int, holdout: Iterable[Any] | None = None
-) -> Images:
+def user_samples(
+    data: Iterable[Any],
+    test_data: Iterable[Any] | None,
+    count: int,
+    holdout: Iterable[Any] | None = None,
+    batching: Batching = Batching(),
+) -> Samples:
     """From a user's own batches. Without `holdout` the held-out images decide on budgets in points."""
     batches = UserBatches(data)
     if not batches.steady():
@@ -113,13 +169,63 @@ def user_images(
             "data gives other images in every pass, so the images that decide are not kept apart and the teacher's "
             "answers belong to others; give batches without shuffling or random augmentation"
         )
-    gather, held_out = batches.calibration_split(count)
+
+    def of(batches: Batches) -> Batches:
+        return Whole(batches, batching.size) if batching.fixed and batching.size else batches
+
+    gather, held_out = (of(part) for part in batches.calibration_split(count))
     counts = {"calibration": sum(len(x) for x, _ in gather), "held out": sum(len(x) for x, _ in held_out)}
-    test = None if test_data is None else UserBatches(test_data)
-    images = Images(gather, held_out, counts, UserBatches(gather), test, batches)
-    images.decide = held_out if holdout is None else UserBatches(holdout)
-    images.decided_by = "the held-out calibration images" if holdout is None else "the holdout batches"
-    return images
+    return Samples(
+        gather,
+        held_out,
+        counts,
+        gather,
+        held_out if holdout is None else of(UserBatches(holdout)),
+        "the held-out calibration images" if holdout is None else "the holdout batches",
+        None if test_data is None else of(UserBatches(test_data)),
+        batches,
+    )
+
+
+def array_samples(arrays: Arrays, count: int, batching: Batching) -> Samples:
+    """From arrays by input, `count` samples of them at most. The held-out ones decide on budgets in points.
+
+    Raises
+    ------
+    InputError
+        When there are fewer than one batch for either part.
+    """
+    chosen = torch.randperm(len(arrays), generator=generator_for(1))[:count]
+    held = torch.arange(len(chosen)) % 5 == 0
+    parts = [chosen[~held].tolist(), chosen[held].tolist()]
+    fixed = 1 if arrays.stacked else batching.size if batching.fixed else None
+    batch = fixed or min(_MOST, max(len(parts[1]), 1))
+    if fixed:
+        parts = [part[: len(part) // batch * batch] for part in parts]
+    if min(map(len, parts)) == 0:
+        raise InputError(
+            f"{arrays.name} holds {len(arrays)} sample(s); expected at least {2 if batch == 1 else 6 * batch}, a fifth "
+            "of them only decides"
+        )
+    gather, held_out = (ArrayBatches(arrays, part, batch) for part in parts)
+    counts = {"calibration": len(parts[0]), "held out": len(parts[1])}
+    return Samples(gather, held_out, counts, gather, held_out, "the held-out samples")
+
+
+def any_split(name: str, data_dir: str | None, like: ImageData, splits: Sequence[str]) -> ImageData:
+    """The images of the first of the splits that there is, in the size and colours of those in `like`."""
+    for split in splits:
+        if has_split(name, split, data_dir):
+            return load(name, split, data_dir=data_dir, size=like.size, channels=like.channels)
+    raise InputError(f"data set {name!r} has neither a training nor a test split; give a folder of images")
+
+
+# -- parts of batches ------------------------------------------------------------------------------------------------
+
+
+def cut(x: Any, y: Tensor | None, rows: Any) -> Batch:
+    """Some rows of a batch of tensors."""
+    return x[rows], None if y is None else y[rows]
 
 
 @dataclass(frozen=True)
@@ -130,12 +236,47 @@ class Part:
     start: int
     stop: int
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def __iter__(self) -> Iterator[Batch]:
         first = 0
         for x, y in self.batches:
             part = slice(max(self.start - first, 0), self.stop - first)
             first += len(x)
             if first > self.start:
-                yield x[part], None if y is None else y[part]
+                yield cut(x, y, part)
             if first >= self.stop:
                 return
+
+
+@dataclass(frozen=True)
+class Every:
+    """Every `step`-th image of some batches, or (not `chosen`) all the others."""
+
+    batches: Batches
+    step: int
+    chosen: bool
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = 0
+        for x, y in self.batches:
+            rows = [row for row in range(len(x)) if ((first + row) % self.step == 0) == self.chosen]
+            first += len(x)
+            if rows:
+                yield cut(x, y, rows)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The images of some batches in batches of exactly `size`; what fills none is left out."""
+
+    batches: Batches
+    size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        xs: list[Tensor] = []
+        ys: list[Tensor] = []
+        for x, y in self.batches:
+            xs += x.split(1)
+            ys += [] if y is None else y.split(1)
+            while len(xs) >= self.size:
+                yield torch.cat(xs[: self.size]), torch.cat(ys[: self.size]) if ys else None
+                xs, ys = xs[self.size :], ys[self.size :]

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments"]
+__all__ = ["CRITERIA", "Moments"]
+
+# What a criterion needs: moments of the inputs (A), and gradients at the outputs (B).
+CRITERIA = {"weight": (False, False), "response": (True, False), "loss": (True, True)}
 
 
 @dataclass

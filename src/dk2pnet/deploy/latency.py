@@ -28,6 +28,7 @@ from dk2pnet.data.arrays import Feed
 from dk2pnet.deploy.runtimes.onnxruntime import session
 from dk2pnet.errors import InputError
 from dk2pnet.measure import in_layout, layout_of
+from dk2pnet.options import TARGETS
 from dk2pnet.processes import processor
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-TARGETS = ("onnxruntime", "onnxruntime-int8", "openvino", "pytorch", "pytorch-compile", "cuda")
 
 # A sample shorter than this says more about the clock and the scheduler than about the network.
 SHORTEST_SAMPLE = 1e-3

@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 from torch import Tensor
 
+from dk2pnet.data.arrays import Feed
 from dk2pnet.errors import InputError
 
 __all__ = ["quantize_onnx"]
 
 
-def quantize_onnx(source: str | Path | bytes, batches: Iterable[Tensor | np.ndarray]) -> bytes:
+def quantize_onnx(source: str | Path | bytes, batches: Iterable[Tensor | np.ndarray | Feed]) -> bytes:
     """The content of an ONNX file with int8 weights and activations, calibrated on `batches` ``(B, C, H, W)``.
 
     Convolutions and matrix products get quantise/dequantise pairs around them, which runtimes fuse; weights have a
@@ -37,7 +38,7 @@ def quantize_onnx(source: str | Path | bytes, batches: Iterable[Tensor | np.ndar
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.left: Iterator[Tensor | np.ndarray] = iter(batches)
+            self.left: Iterator[Tensor | np.ndarray | Feed] = iter(batches)
             self.count = 0
 
         def get_next(self) -> dict[str, np.ndarray] | None:
@@ -45,6 +46,8 @@ def quantize_onnx(source: str | Path | bytes, batches: Iterable[Tensor | np.ndar
             if batch is None:
                 return None
             self.count += 1
+            if isinstance(batch, Feed):
+                return batch.arrays
             array = batch.detach().cpu().numpy() if isinstance(batch, Tensor) else batch
             return {name: np.ascontiguousarray(array, dtype=np.float32)}
 

@@ -1,52 +1,75 @@
-"""Turns what a user names (a network, weights, data) into objects; shared by all pipelines."""
+"""What a user names (a module, a network by name, a folder that dk2pnet wrote, ``FILE.py:FUNCTION``, an ONNX file) as a
+Network, with the images that go with it."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from dk2pnet.data import ImageData, Normalization, has_split, load
-from dk2pnet.deploy.export import read_metadata
 from dk2pnet.errors import InputError
 from dk2pnet.measure import is_classifier
 from dk2pnet.networks.named import default_input_size, default_normalization, make_network
+from dk2pnet.networks.network import Network
+from dk2pnet.networks.onnx.network import OnnxNetwork
 from dk2pnet.networks.saved import is_saved, load_student
+from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.networks.weights import check_finite, load_weights
 from dk2pnet.plan import Plan
 
-__all__ = ["Network", "load_data", "onnx_normalization", "open_network", "warn_of_other_classes"]
+__all__ = ["is_onnx_file", "load_data", "open_network", "open_onnx", "open_with_data", "warn_of_other_classes"]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Network:
-    """A network with its weights: `spec` are the arguments of `make_network` (None for a Python object)."""
+def is_onnx_file(model: object) -> bool:
+    """Whether a name is that of an ONNX file."""
+    return isinstance(model, str | Path) and str(model).lower().endswith(".onnx")
 
-    model: nn.Module
-    spec: dict[str, Any] | None
-    normalization: Normalization | None
-    plan: Plan | None = None
 
-    @property
-    def forms(self) -> dict[str, str]:
-        """The emitted forms of its own DK layers, where it was compressed before."""
-        return self.plan.forms if self.plan is not None else {}
+def open_with_data(
+    model: str | Path | nn.Module,
+    data: str | None,
+    *,
+    weights: str | None = None,
+    normalize: str | Normalization | None = None,
+    data_dir: str | None = None,
+    input_size: int | None = None,
+    classes: int | None = None,
+) -> tuple[Network, ImageData | None]:
+    """The network, and the training split of the data set `data`, in the size and the colours that the network takes.
+
+    Of an ONNX file no data set is opened where `data` is an ``.npz`` file.
+    """
+    if is_onnx_file(model):
+        graph = open_onnx(str(model), normalize)
+        if data is None or data.endswith(".npz"):
+            return graph, None
+        size, channels = graph.image_size(input_size)
+        split = "train" if has_split(data, "train", data_dir) else "test"
+        return graph, load(data, split, data_dir=data_dir, size=size, channels=channels)
+    training = None
+    if data is not None:
+        training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
+        if training is None:
+            raise InputError(
+                f"data set {data!r} has no training split, which calibration reads; give a folder train/ of images"
+            )
+    return open_network(model, weights=weights, normalize=normalize, data=training, classes=classes), training
 
 
 def open_network(
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     *,
     weights: str | None = None,
     normalize: str | Normalization | None = None,
     data: ImageData | None = None,
     classes: int | None = None,
-) -> Network:
+) -> TorchNetwork:
     """A module as it is, a folder that dk2pnet wrote, or a network by name with weights from a file or "pretrained"."""
     given = Normalization.parse(normalize) if isinstance(normalize, str) else normalize
     if isinstance(model, nn.Module):
@@ -54,32 +77,41 @@ def open_network(
             model = model.module
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         check_finite(model)
-        return Network(model, None, given)
-    if is_saved(model):
+        return TorchNetwork(model, None, given)
+    name = str(model)
+    if is_saved(name):
         if weights is not None:
-            raise InputError(f"{model} is a folder with its own weights; leave --weights {weights} away")
-        module, plan = load_student(model)
+            raise InputError(f"{name} is a folder with its own weights; leave --weights {weights} away")
+        module, plan = load_student(name)
         saved = Normalization.from_dict(plan.normalization) if plan.normalization else None
         check_finite(module)
-        return Network(module, plan.network, given or saved, plan)
+        return TorchNetwork(module, plan.network, given or saved, plan)
     if classes is None and data is not None and data.labels is not None and weights != "pretrained":
         classes = len(data.classes) if data.classes else int(data.labels.max()) + 1
-    is_file = ".py:" in model
-    channels = data.channels if data is not None and not model.startswith("torchvision/") and not is_file else None
-    spec: dict[str, Any] = {"name": model}
+    is_file = ".py:" in name
+    channels = data.channels if data is not None and not name.startswith("torchvision/") and not is_file else None
+    spec: dict[str, Any] = {"name": name}
     if not is_file:
         spec |= {"num_classes": classes, "in_channels": channels}
     module = make_network(**spec, pretrained=weights == "pretrained")
     if weights not in (None, "pretrained"):
         load_weights(module, str(weights))
     check_finite(module)
-    return Network(module, spec, given or default_normalization(model))
+    return TorchNetwork(module, spec, given or default_normalization(name))
+
+
+def open_onnx(path: str, normalize: str | Normalization | None = None) -> OnnxNetwork:
+    """An ONNX file; its images are normalised as is given, else as the file says."""
+    network = OnnxNetwork.read(path)
+    given = Normalization.parse(normalize) if isinstance(normalize, str) else normalize
+    network.normalization = given or _said_normalization(network, path)
+    return network
 
 
 def load_data(
     name: str,
     split: str,
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     *,
     data_dir: str | None = None,
     input_size: int | None = None,
@@ -87,7 +119,7 @@ def load_data(
 ) -> ImageData | None:
     """A split of a data set, sized for the network; None where there is no such split."""
     size: int | tuple[int, int] | None = input_size
-    if isinstance(model, str) and is_saved(model):
+    if isinstance(model, str | Path) and is_saved(model):
         shape = Plan.load(Path(model) / "plan.json").input_shape
         if shape:
             channels, size = shape[0], (shape[1], shape[2]) if input_size is None else input_size
@@ -101,7 +133,7 @@ def load_data(
 
 def warn_of_other_classes(data: ImageData, outputs: list[Tensor]) -> None:
     """Say where the network knows more classes than the data, so that a class may have another number there."""
-    if data.classes and is_classifier(outputs) and len(data.classes) < outputs[0].shape[1]:
+    if data.labels is not None and data.classes and is_classifier(outputs) and len(data.classes) < outputs[0].shape[1]:
         _log.warning(
             "data set %r has %d classes (%s, ...) and the network answers with %d: unless it was trained on these "
             "class numbers, an accuracy says nothing",
@@ -112,17 +144,11 @@ def warn_of_other_classes(data: ImageData, outputs: list[Tensor]) -> None:
         )
 
 
-def onnx_normalization(path: str | Path, given: str | None) -> Normalization:
-    """How images are normalised for an ONNX file: as `given`, else as the file says."""
-    if given is not None:
-        return Normalization.parse(given)
-    text = read_metadata(path).get("normalization", "null")
+def _said_normalization(network: OnnxNetwork, path: str) -> Normalization | None:
+    said = {entry.key: entry.value for entry in network.graph.proto.metadata_props}
+    text = said.get("normalization", "null")
     try:
-        if (found := json.loads(text)) is not None:
-            return Normalization.from_dict(found)
+        found = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path} holds a damaged normalisation ({text[:40]!r}); give it with --normalize") from error
-    raise InputError(
-        f"{path} does not say how its input is normalised; give it with --normalize (imagenet, ... or MEAN,.../STD,... "
-        "of pixels in [0, 1])"
-    )
+    return None if found is None else Normalization.from_dict(found)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
-from dk2pnet.training.checkpoint import random_state, set_random_state
-
-__all__ = ["left_as_found"]
+__all__ = ["left_as_found", "random_state", "set_random_state"]
 
 
 @contextmanager
@@ -21,3 +22,25 @@ def left_as_found() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         set_random_state(state)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of all global generators: PyTorch's (CPU, and GPUs where they are in use), NumPy's and Python's."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(list(state["cuda"]))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))

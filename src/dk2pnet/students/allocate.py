@@ -1,11 +1,8 @@
-"""From moments to a plan and its factors: the energies of candidate kernels, the budget spent on them, the solution.
-
-Shared by every pipeline that decomposes, whether the convolutions come from a PyTorch model or from an ONNX file.
-"""
+"""From moments to a plan and its factors: the energies of candidate kernels, the budget spent on them, the solution."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,15 +12,12 @@ from dk2pnet.decompose.select import Candidate, cheapest, select, uniform
 from dk2pnet.decompose.solve import Factors, Problem, solve_many, spectrum
 from dk2pnet.errors import TooSmall
 from dk2pnet.networks.network import Site
-from dk2pnet.networks.open import Network
 from dk2pnet.plan import Budget, LayerPlan, Plan
 from dk2pnet.run.progress import Progress
 from dk2pnet.students.moments_store import MomentStore
+from dk2pnet.students.teacher import Teacher
 
-__all__ = ["CRITERIA", "candidates_of", "energies_of", "make_plan", "solve_layers", "spend"]
-
-# What a criterion needs: moments of the inputs (A), and gradients at the outputs (B).
-CRITERIA = {"weight": (False, False), "response": (True, False), "loss": (True, True)}
+__all__ = ["candidates_of", "energies_of", "make_plan", "solve_layers", "spend"]
 
 # Layers whose A is larger than this are solved one at a time.
 _LARGE = 16 * 2**20
@@ -42,8 +36,7 @@ def energies_of(site: Site, store: MomentStore | None, criterion: str) -> Tensor
     `loss`: the geometric mean of these and of what the loss makes of them. The loss alone sees every error where it
     arises, as if nothing behind it made up for it, which the reconstruction and tuning do (docs/method.md).
     """
-    conv = site.module
-    assert isinstance(conv, nn.Conv2d)
+    conv = site.conv
     A, B = _moments(site, store, criterion)
     if A is not None and not A.diagonal(dim1=-2, dim2=-1).any():  # silent on all images: nothing is known of it
         return torch.zeros_like(spectrum(conv.weight, None, None, conv.groups))
@@ -59,8 +52,7 @@ def candidates_of(budget: Budget, sites: Mapping[str, Site], energies: Mapping[s
     """What `select` knows of the convolutions, in the budget's unit."""
     candidates = {}
     for name, site in sites.items():
-        conv = site.module
-        assert isinstance(conv, nn.Conv2d)
+        conv = site.conv
         unit = 1 if budget.kind == "params" else site.positions
         q = conv.kernel_size[0] * conv.kernel_size[1]
         kernel = (conv.groups * q + conv.out_channels) * unit
@@ -97,36 +89,28 @@ def _round_up(value: float) -> str:
 
 
 def make_plan(
-    sites: Sequence[Site],
-    counts: Mapping[str, Tensor | None],
-    energies: Mapping[str, Tensor],
-    network: Network,
-    example: Tensor,
-    criterion: str,
-    budget: Budget,
-    total_macs: int,
-    total_parameters: int,
+    teacher: Teacher, counts: Mapping[str, Tensor | None], energies: Mapping[str, Tensor], budget: Budget
 ) -> Plan:
     """What becomes of every convolution, with the figures before and after."""
+    network, macs, parameters = teacher.network, teacher.network.macs, teacher.network.parameters
     plan = Plan(
         network=network.spec,
-        input_shape=list(example.shape[1:]),
+        input_shape=list(network.example.shape[1:]),
         normalization=network.normalization.to_dict() if network.normalization else None,
-        criterion=criterion,
+        criterion=teacher.criterion,
         budget=str(budget),
-        macs_dense=total_macs,
-        macs=total_macs,
-        parameters_dense=total_parameters,
-        parameters=total_parameters,
+        macs_dense=macs,
+        macs=macs,
+        parameters_dense=parameters,
+        parameters=parameters,
     )
-    for site in sites:
-        size = site.module.weight.numel()  # type: ignore[union-attr,operator]
+    for site in teacher.sites:
+        size = site.size
         layer = LayerPlan(site.name, site.shape, site.reason, None, site.macs, site.macs, size, size)
         layer.aliases = site.aliases
         count = counts.get(site.name)
         if count is not None:
-            conv = site.module
-            assert isinstance(conv, nn.Conv2d)
+            conv = site.conv
             layer.counts = count.tolist()
             q = conv.kernel_size[0] * conv.kernel_size[1]
             layer.parameters = int(count.sum()) * (q + conv.out_channels // conv.groups)
@@ -135,7 +119,7 @@ def make_plan(
             kept = sum(float(row[: int(n)].sum()) for row, n in zip(spectrum_, count, strict=True))
             layer.energy_kept = kept / max(float(spectrum_.sum()), 1e-300)
         elif not site.reason:
-            layer.reason = _why_dense(site.module, budget)  # type: ignore[arg-type]
+            layer.reason = _why_dense(site.conv, budget)
         plan.macs += layer.macs - layer.macs_dense
         plan.parameters += layer.parameters - layer.parameters_dense
         plan.layers.append(layer)
@@ -165,14 +149,13 @@ def solve_layers(
     """Small layers together (same shapes side by side), large ones one at a time, so that memory stays bounded."""
 
     def problem(name: str) -> Problem:
-        conv = sites[name].module
-        assert isinstance(conv, nn.Conv2d)
+        conv = sites[name].conv
         A, B = _moments(sites[name], store, criterion)
         return Problem(conv.weight, counts[name], A, B, conv.groups)
 
     def size(name: str) -> int:
-        conv = sites[name].module
-        return 8 * conv.groups * conv.weight[0].numel() ** 2  # type: ignore[union-attr,operator,index]
+        conv = sites[name].conv
+        return 8 * conv.groups * conv.weight[0].numel() ** 2
 
     small = [name for name in counts if size(name) <= _LARGE]
     factors = dict(zip(small, solve_many([problem(name) for name in small]), strict=True))

@@ -13,20 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dk2pnet import processes
 from dk2pnet.decompose.select import Option, choose
 from dk2pnet.deploy.costs import DENSE, LatencyTable, Sketch, Spot, fastest_forms, gathered
-from dk2pnet.deploy.emit import BLOCK, NEARLY_ALL, plain_model
-from dk2pnet.deploy.export import onnx_bytes
-from dk2pnet.deploy.latency import compare_latency, is_onnx
-from dk2pnet.deploy.quantize import quantize_onnx
-from dk2pnet.errors import TooSmall
-from dk2pnet.layer import DKConv2d
-from dk2pnet.networks.network import Site
+from dk2pnet.deploy.emit import BLOCK, NEARLY_ALL
+from dk2pnet.deploy.latency import compare_latency
+from dk2pnet.errors import InputError, TooSmall
+from dk2pnet.networks.network import Network, Site
 from dk2pnet.run.progress import Progress, silent
+from dk2pnet.run.run import Run
+from dk2pnet.students.teacher import Teacher
 
-__all__ = ["TOLERANCE", "Spent", "choose_forms", "deployable", "spend_latency"]
+__all__ = ["TOLERANCE", "Spent", "choose_forms", "spend_latency", "spend_time"]
 
 # How far the measured time may be from the budget, relative to it; the search goes on until it is within half of that.
 TOLERANCE = 0.05
@@ -167,20 +167,38 @@ def spend_latency(
     return Spent(best[1], best[2], best[0], attempts)
 
 
-def choose_forms(student: nn.Module, sizes: Mapping[str, tuple[int, int]], table: LatencyTable) -> dict[str, str]:
-    """The fastest emitted form of every DK layer; `sizes` gives the height and width of its input by name."""
-    modules = dict(student.named_modules(remove_duplicate=False))
-    layers = {name: (modules[name], size) for name, size in sizes.items() if isinstance(modules[name], DKConv2d)}
-    return fastest_forms(layers, table) if layers else {}
+def spend_time(fraction: float, teacher: Teacher, energies: Mapping[str, Tensor], run: Run) -> Spent:
+    """Spend a latency budget on the teacher's target; with several processes the main one measures for all."""
+    found: list[Spent | InputError] = []
+    if processes.is_main():
+        network, sites, target = teacher.network, teacher.open_sites, teacher.options.target or "onnxruntime"
+        table = LatencyTable(target, run.threads)
+
+        def build(counts: Mapping[str, Tensor | None]) -> tuple[Any, dict[str, str]]:
+            student = network.with_kernels({name: count for name, count in counts.items() if count is not None})
+            forms = choose_forms(student, sites, table)
+            return student.deployable(target, forms), forms
+
+        dense = network.deployable(target, {})
+        try:
+            found = [
+                spend_latency(fraction, sites, energies, table, dense, build, network.example, progress=run.progress)
+            ]
+        except InputError as error:
+            found = [error]
+    else:
+        found = [InputError("")]
+    processes.broadcast(found)
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return found[0]
 
 
-def deployable(model: nn.Module, example: Tensor, target: str, forms: Mapping[str, str] | None = None) -> Any:
-    """`model` as `compare_latency` takes it: content of an ONNX file, or a module of plain layers."""
-    if is_onnx(target):
-        content = onnx_bytes(model, example, forms=forms)
-        # Its time does not depend on the ranges of the activations.
-        return quantize_onnx(content, [example]) if target == "onnxruntime-int8" else content
-    return plain_model(model, forms)
+def choose_forms(student: Network, sites: Mapping[str, Site], table: LatencyTable) -> dict[str, str]:
+    """The fastest emitted form of every DK layer of a student that stands at one of the sites."""
+    layers = student.layers
+    found = {name: (layers[name], site.input_size) for name, site in sites.items() if name in layers}
+    return fastest_forms(found, table) if found else {}
 
 
 def _distance(measured: float, fraction: float) -> float:
@@ -189,13 +207,11 @@ def _distance(measured: float, fraction: float) -> float:
 
 
 def _spot(site: Site) -> Spot:
-    assert isinstance(site.module, nn.Conv2d)
-    return Spot(site.module, site.input_size)
+    return Spot(site.conv, site.input_size)
 
 
 def _choices(site: Site, energies: Tensor) -> list[_Choice]:
-    conv = site.module
-    assert isinstance(conv, nn.Conv2d)
+    conv = site.conv
     groups, channels, most = energies.shape
     width = conv.in_channels
     found = [_Choice(full, 0, gathered(width, full, 0)) for full in range(1, most + 1)]

@@ -1,51 +1,54 @@
-"""Budgets in points: which images decide, the search, and the confirmation on images that no probe used."""
+"""Budgets in points: which images decide, the search for the smallest network, and the confirmation on images that no
+probe used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch import Tensor, nn
-
-from dk2pnet.data.samples import Batches
+from dk2pnet import processes
+from dk2pnet.data.samples import Batches, Every
+from dk2pnet.errors import Refused, TooSmall
 from dk2pnet.estimates import Estimate, estimate
-from dk2pnet.measure import predict
+from dk2pnet.measure import Predictions
+from dk2pnet.networks.network import Network
 from dk2pnet.plan import Budget
-from dk2pnet.run.progress import Progress
-from dk2pnet.students.probes import Probe, Prober, smallest
-from dk2pnet.students.teacher import Figures, Prepared
+from dk2pnet.students.figures import Figures
+from dk2pnet.students.probes import Probe, Prober
+from dk2pnet.students.teacher import Teacher
 
-__all__ = ["confirm", "decide"]
+__all__ = ["MOST_PROBES", "Found", "confirm", "decide", "smallest"]
 
+MOST_PROBES = 8
+_FIRST = 0.3  # of the multiply-adds, where no probe says anything yet
+_CLOSE = 1.05  # budgets this close to each other are one
 _CONFIRM = 5  # every fifth of the deciding images confirms, where no test split does
 _UNITS = {"drop": "points of accuracy", "disagree": "% of answers", "error": "of the outputs, squared and relative"}
 
 
-def decide(
-    wanted: Budget, unit: str, prober: Prober, ready: Prepared, progress: Progress
-) -> tuple[dict[str, Any], Probe]:
+def decide(wanted: Budget, unit: str, prober: Prober) -> tuple[dict[str, Any], Probe]:
     """The smallest network within the budget, and how it was decided on, for metrics.json."""
-    images = ready.images
-    assert images is not None
-    assert images.decide is not None
-    deciding: Batches = images.decide if _test_confirms(wanted, ready) else _Every(images.decide, False)
-    teacher = predict(ready.teacher, deciding, ready.device)
+    ready = prober.teacher
+    samples = ready.samples
+    assert samples is not None
+    deciding: Batches = samples.decide if _test_confirms(wanted, ready) else Every(samples.decide, _CONFIRM, False)
+    teacher = ready.network.predict(deciding, prober.run)
     estimate(wanted.kind, teacher, teacher)  # whether these images and this network can decide, before any work
-    found = smallest(wanted, unit, prober, teacher, deciding, progress=progress)
-    images.counts["deciding"] = len(teacher)
+    found = smallest(wanted, unit, prober, teacher, deciding)
+    samples.counts["deciding"] = len(teacher)
     said = []
-    if wanted.kind == "drop" and images.decided_by.startswith("the validation tenth") and ready.network.plan is None:
+    if wanted.kind == "drop" and samples.decided_by.startswith("the validation tenth") and ready.network.plan is None:
         said.append(
-            f"decided on {images.decided_by}, which a network trained elsewhere has usually been trained on: the drop "
+            f"decided on {samples.decided_by}, which a network trained elsewhere has usually been trained on: the drop "
             "elsewhere can be another; decide on images that it has not seen (--holdout FOLDER, or --holdout-split "
             "'test[:50%]')"
         )
     decision = {
         "budget": str(wanted),
         "unit": _UNITS[wanted.kind],
-        "decided_by": images.decided_by,
+        "decided_by": samples.decided_by,
         **found.estimate.to_dict(),
         "probes": found.probes,
         "said": said,
@@ -53,22 +56,20 @@ def decide(
     return decision, found.probe
 
 
-def confirm(
-    wanted: Budget, decision: dict[str, Any], ready: Prepared, figures: Figures, student: nn.Module
-) -> dict[str, Any]:
+def confirm(wanted: Budget, decision: dict[str, Any], figures: Figures, student: Network) -> dict[str, Any]:
     """The decision with the loss on images that no probe used: the test split's, or a fifth that was put aside."""
-    images = ready.images
-    assert images is not None
-    assert images.decide is not None
+    ready, run = figures.teacher, figures.run
+    samples = ready.samples
+    assert samples is not None
     if _test_confirms(wanted, ready):
         last = next(reversed(figures.test))
         loss, where = estimate(wanted.kind, figures.test["teacher"], figures.test[last]), "the test images"
     else:
-        aside = _Every(images.decide, True)
-        answers = [predict(model, aside, ready.device) for model in (ready.teacher, student)]
+        aside = Every(samples.decide, _CONFIRM, True)
+        answers = [each.predict(aside, run) for each in (ready.network, student)]
         loss, where = estimate(wanted.kind, *answers), "images put aside"
     said = list(decision["said"])
-    if where == "images put aside" and images.decide is images.held_out:
+    if where == "images put aside" and samples.decide is samples.held_out:
         said.append(
             "the images put aside had decided on corrections of every network of the search: the confirmed loss may be "
             "a little low; give holdout=BATCHES"
@@ -81,29 +82,116 @@ def confirm(
     return decision | {"confirmed": {"on": where, **loss.to_dict()}, "said": said}
 
 
-def _test_confirms(wanted: Budget, ready: Prepared) -> bool:
+def _test_confirms(wanted: Budget, ready: Teacher) -> bool:
     """Whether there are test images, with labels where these are what is lost."""
-    images = ready.images
-    if images is None or images.test is None:
+    samples = ready.samples
+    if samples is None or samples.test is None:
         return False
-    return wanted.kind != "drop" or all(y is not None for _, y in islice(images.test, 1))
+    return wanted.kind != "drop" or all(y is not None for _, y in islice(samples.test, 1))
 
 
 def _text(loss: Estimate) -> str:
     return f"{loss.value:.3g} (95 % interval {loss.low:.3g} to {loss.high:.3g})"
 
 
-@dataclass(frozen=True)
-class _Every:
-    """Every fifth image of some batches, or the other four of five."""
+# -- the search -------------------------------------------------------------------------------------------------------
 
-    batches: Batches
-    fifth: bool
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        first = 0
-        for x, y in self.batches:
-            rows = [row for row in range(len(x)) if ((first + row) % _CONFIRM == 0) == self.fifth]
-            first += len(x)
-            if rows:
-                yield x[rows], None if y is None else y[rows]
+@dataclass
+class Found:
+    """The smallest network that loses no more than it may; `probes` says what was tried, for metrics.json."""
+
+    probe: Probe
+    estimate: Estimate
+    probes: list[dict[str, Any]]
+
+
+def smallest(
+    wanted: Budget,
+    unit: str,
+    prober: Prober,
+    teacher: Predictions,
+    deciding: Batches,
+) -> Found:
+    """The smallest network by `unit` (``macs`` or ``latency``) whose estimated loss is within `wanted`.
+
+    At most `MOST_PROBES` networks are made, between which the loss is taken to be a power of the budget. `teacher`: its
+    answers to the `deciding` images.
+
+    Raises
+    ------
+    Refused
+        When no network is within the budget, or when there are too few images to tell.
+    """
+    tried: list[dict[str, Any]] = []
+    good: tuple[Probe, Estimate] | None = None
+    failed: tuple[float, float] | None = None  # budget and loss of the largest network that loses too much
+    passed: tuple[float, float] = (1.0, 0.0)
+    least: float | None = None
+    for number in range(MOST_PROBES):
+        at = _next(wanted.value, failed, passed, least)
+        if at is None:
+            break
+        prober.run.progress(f"probing {unit}={at:g}", number, MOST_PROBES)
+        try:
+            probe = prober.make(Budget(unit, at))
+        except TooSmall as error:
+            least = at if least is None else max(least, at)
+            tried.append({"budget": f"{unit}={at:g}", "said": str(error)})
+            continue
+        estimates = [estimate(wanted.kind, teacher, probe.student.predict(deciding, prober.run))]
+        processes.broadcast(estimates)  # all go on to the same budget
+        loss = estimates[0]
+        within = loss.value <= wanted.value
+        kept = probe.solved.plan.macs / probe.solved.plan.macs_dense
+        tried.append({"budget": str(probe.budget), "macs_kept": kept, "within": within, **loss.to_dict()})
+        if within:
+            passed, good = (at, loss.value), (probe, loss)
+            if wanted.kind == "drop" and loss.half_width > wanted.value:
+                raise Refused(
+                    f"{loss.images} images cannot tell a drop of {wanted.value:g} points: at {probe.budget} it is "
+                    f"{loss.value:.2f} with a 95 % interval from {loss.low:.2f} to {loss.high:.2f}; decide on at least "
+                    f"{loss.images_needed(wanted.value)} labelled images (--holdout), or allow a larger drop"
+                )
+        else:
+            failed = (at, loss.value)
+    if good is None:
+        losses = [entry["value"] for entry in tried if "value" in entry]
+        lowest = f"the smallest loss that was found is {min(losses):.3g}" if losses else "none could be made"
+        raise Refused(
+            f"no network within {wanted} was found in {len(tried)} attempts: {lowest}; allow more, or tune for longer"
+        )
+    return Found(*good, tried)
+
+
+def _next(
+    wanted: float, failed: tuple[float, float] | None, passed: tuple[float, float], least: float | None
+) -> float | None:
+    """The budget to try next, in two significant digits; None when the neighbours on both sides are known."""
+    low = failed[0] if failed is not None else (least if least is not None else 0.0)
+    if passed[0] < 1.0 and low > 0 and passed[0] / low < _CLOSE:
+        return None
+    if failed is None:
+        # Ever smaller, as long as it is within: the loss falls about with the square of the budget.
+        if passed[0] == 1.0 and low == 0.0:
+            at = _FIRST
+        elif low == 0.0:
+            at = passed[0] * min(max((max(passed[1], 1e-9) / wanted) ** 0.5, 0.35), 0.9)
+        else:
+            at = math.sqrt(low * passed[0])
+    elif passed[0] == 1.0:
+        at = failed[0] * min(max((failed[1] / wanted) ** 0.5, 1.1), 2.5)
+        at = min(at, (failed[0] + 1) / 2)
+    else:
+        steep = math.log(failed[1] / max(passed[1], wanted / 4)) / math.log(passed[0] / failed[0])
+        share = math.log(failed[1] / wanted) / max(steep, 1e-9) / math.log(passed[0] / failed[0])
+        at = failed[0] * (passed[0] / failed[0]) ** min(max(share, 0.2), 0.8)
+    at = _rounded(at)
+    if not low < at < passed[0]:  # rounded onto one that is known
+        between = _rounded(math.sqrt(max(low, 1e-3) * passed[0]))
+        at = between if low < between < passed[0] else 0.0
+    return at or None
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.2g}")

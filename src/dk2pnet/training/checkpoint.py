@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -18,14 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from dk2pnet.errors import InputError
 
-__all__ = ["Checkpoints", "digest_of", "random_state", "set_random_state"]
+__all__ = ["Checkpoints", "digest_of"]
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.safetensors")
 _FORMAT = 1
@@ -184,28 +182,3 @@ def _with_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [_with_tensors(value, tensors) for value in tree]
     return tree
-
-
-# -- random states ------------------------------------------------------------------------------------------------
-
-
-def random_state() -> dict[str, Any]:
-    """The states of all global generators: PyTorch's (CPU, and GPUs where they are in use), NumPy's and Python's."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` gave."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(list(state["cuda"]))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))

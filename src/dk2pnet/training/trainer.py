@@ -22,14 +22,24 @@ from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, layout_of, outputs_of, use_form
 from dk2pnet.processes import is_alone
-from dk2pnet.training.checkpoint import Checkpoints, digest_of, random_state, set_random_state
+from dk2pnet.run.seed import random_state, set_random_state
+from dk2pnet.training.checkpoint import Checkpoints, digest_of
 from dk2pnet.training.hints import find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
 from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, labels, method_named
 from dk2pnet.training.teaching import WithMaps, fit_probes, guided, hinting, taps_of
 from dk2pnet.training.whitened import whitened
 
-__all__ = ["BATCH_NORMS", "OPTIMIZERS", "PRECISIONS", "NotFinite", "TrainingOptions", "choose_precision", "train"]
+__all__ = [
+    "BATCH_NORMS",
+    "OPTIMIZERS",
+    "PRECISIONS",
+    "TUNING",
+    "NotFinite",
+    "TrainingOptions",
+    "choose_precision",
+    "train",
+]
 
 PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("sgd", "adam")
@@ -113,6 +123,13 @@ class TrainingOptions:
         if self.method is not None:
             method_named(self.method)
         parse_hints(self.hints)
+
+
+# Of tuning. Hints and rates are chosen by agreement on unused training images (docs/results.md); the form is the
+# prototype's.
+TUNING = TrainingOptions(
+    optimizer="adam", learning_rate=1e-2, warmup=10, method="euclidean", distill=0.0, batch_norm="training"
+)
 
 
 def choose_precision(device: torch.device) -> str:

@@ -7,8 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from dk2pnet.data.arrays import Input
+from dk2pnet.errors import InputError
 
 if TYPE_CHECKING:
     from dk2pnet.networks.onnx.sites import OnnxSite
@@ -21,6 +25,7 @@ __all__ = [
     "captured",
     "constants_of",
     "graphs_in",
+    "input_of",
     "nodes_in",
     "part_of",
     "reads",
@@ -44,6 +49,11 @@ class OnnxGraph:
         """What has to be fed: the graph's inputs without those that have a value of their own."""
         given = {tensor.name for tensor in self.proto.graph.initializer}
         return [value for value in self.proto.graph.input if value.name not in given]
+
+    @property
+    def takes(self) -> list[Input]:
+        """The same as names, sizes and types; `InputError` where a shape or a type is not declared."""
+        return [input_of(value) for value in self.inputs]
 
     @property
     def outputs(self) -> list[str]:
@@ -189,3 +199,21 @@ def part_of(
     # ONNX Runtime infers the types of outputs that have none.
     part.graph.output.extend(known.get(name) or onnx.ValueInfoProto(name=name) for name in wanted)
     return part
+
+
+def input_of(value: onnx.ValueInfoProto) -> Input:
+    """What a graph's input takes."""
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        raise InputError(
+            f"the graph declares no shape for the input {value.name!r}, which ONNX asks for; write one into the file "
+            "(sizes may be left open)"
+        )
+    sizes = [dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in tensor.shape.dim]
+    try:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the input {value.name!r} is of type {tensor.elem_type}, no tensor that can be fed"
+        ) from error
+    return Input(value.name, tuple(sizes), dtype)

@@ -1,9 +1,15 @@
-"""An ONNX graph as a PyTorch module with gradients, by way of onnx2fx; proven against ONNX Runtime before its use."""
+"""An ONNX graph as a PyTorch module with gradients, by way of onnx2fx; proven against ONNX Runtime before its use.
+
+It is converted only to learn: what DK layers have learnt goes back into the original graph, so that nothing of that
+depends on the converter.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,19 +17,134 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, fx, nn
 
+from dk2pnet.data import Normalization
 from dk2pnet.data.arrays import Feed
-from dk2pnet.layer import DKConv2d
+from dk2pnet.data.samples import Batches, Samples
+from dk2pnet.decompose.moments import Moments
+from dk2pnet.errors import InputError
+from dk2pnet.layer import DKConv2d, set_form
+from dk2pnet.measure import Predictions, is_classifier
+from dk2pnet.networks.network import NotLearnable
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.sites import OnnxSite
+from dk2pnet.networks.torch.gather import gather_moments
+from dk2pnet.run.run import Run
+from dk2pnet.training.trainer import TUNING, TrainingOptions
 
-__all__ = ["AsTorch", "NotConvertible"]
+__all__ = ["AsTorch", "OnnxLearner", "rate_for"]
 
 # How far the module's outputs may be from ONNX Runtime's, relative to the largest number in each.
 _EXACT = 1e-4
+# The learning rate as a share of the relative error at the start, and the least one.
+_SHARE, _LOWEST = 0.05, 1e-4
 
 
-class NotConvertible(Exception):
-    """The graph cannot be had as a PyTorch module; the text says why."""
+class OnnxLearner:
+    """A graph and its students as PyTorch modules. Hints are the last tensors at each resolution and all outputs, by
+    Euclidean distance.
+
+    `expected`: what ONNX Runtime makes of `feed`, by the names of the tensors that count.
+    """
+
+    normalization: Normalization | None = None
+
+    def __init__(
+        self, graph: OnnxGraph, sites: Sequence[OnnxSite], expected: Mapping[str, np.ndarray], feed: Feed
+    ) -> None:
+        self.graph = AsTorch(graph, sites, list(expected), feed, expected)
+        self.sites = {site.name: site for site in sites}
+        self.teacher: nn.Module = self.graph.module
+        self.example = torch.from_numpy(next(iter(feed.arrays.values())))
+        self.names = AsTorch.layer_names(self.sites)
+        # A graph for inference has no batch norm to train; half precision would cost it the last digits.
+        self.options: TrainingOptions = replace(
+            TUNING, hints=tuple(self.graph.hints), batch_norm="frozen", precision="fp32"
+        )
+
+    def data(self, samples: Samples) -> Batches:
+        """The samples that are gathered from, as they are."""
+        return Tensors(samples.gather)
+
+    def student(self, student: Any) -> nn.Module:
+        """The converted graph with the student's DK layers, its only parameters."""
+        module = self.graph.student(student.layers)
+        set_form(module, "folded")
+        return module
+
+    def learned(self, student: Any, module: nn.Module) -> Any:
+        """The graph with the layers that the module has now."""
+        layers = {}
+        for name, path in AsTorch.layer_names(student.layers).items():
+            layer = module.get_submodule(path)
+            assert isinstance(layer, DKConv2d)
+            layers[name] = layer.requires_grad_(False).eval()
+        return student.with_layers(layers)
+
+    def rate_for(self, teacher: Predictions, start: Predictions) -> float:
+        """By the relative error of the outputs."""
+        from dk2pnet.networks.onnx.answers import OnnxPredictions, errors_of
+
+        assert isinstance(teacher, OnnxPredictions)
+        assert isinstance(start, OnnxPredictions)
+        errors = errors_of(teacher, start)
+        return rate_for(sum(errors.values()) / max(len(errors), 1))
+
+    def moments(self, samples: Samples, memory: int, run: Run) -> Iterator[dict[str, Moments]]:
+        """With gradients, of a classifier."""
+        model = _Scores(self.graph.student({name: site.conv for name, site in self.sites.items()}))
+        with torch.no_grad():
+            scores = model.module(self.example)
+        if not is_classifier(list(scores)):
+            raise InputError(
+                "criterion 'loss' needs a classifier (one row of class scores per image), but the graph returns "
+                f"{' and '.join(str(tuple(each.shape)) for each in scores)}; use --criterion response"
+            )
+        model.probabilities = bool((scores[0] >= 0).all()) and torch.allclose(
+            scores[0].sum(1), torch.ones(len(scores[0])), atol=1e-3
+        )
+        paths = {f"module.{path}": name for name, path in AsTorch.layer_names(self.sites).items()}
+        convolutions: dict[str, Any] = {name: model.get_submodule(path) for path, name in paths.items()}
+        total = samples.counts["calibration"]
+        yield from gather_moments(
+            model,
+            convolutions,
+            self.data(samples),
+            gradients=True,
+            memory=memory,
+            seed=run.seed,
+            progress=lambda what, done: run.progress(f"moments, {what}", done, total),
+        )
+
+
+def rate_for(error: float) -> float:
+    """The learning rate: a step in the whitened form moves a response by about the rate, relative to its size.
+
+    So a start that is close already needs small steps: at the usual rate it only becomes worse.
+    """
+    return min(max(_SHARE * math.sqrt(error), _LOWEST), TUNING.learning_rate)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Batches of tensors: the only array of each feed."""
+
+    batches: Iterable[Any]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
+        for x, _ in self.batches:
+            yield torch.from_numpy(next(iter(x.arrays.values()))) if isinstance(x, Feed) else x, None
+
+
+class _Scores(nn.Module):
+    """The one output of a converted graph as logits; those of a graph that ends in a softmax are its logarithms."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.probabilities = module, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.module(x)[0]
+        return scores.clamp_min(1e-30).log() if self.probabilities else scores
 
 
 class AsTorch:
@@ -40,7 +161,7 @@ class AsTorch:
 
     Raises
     ------
-    NotConvertible
+    NotLearnable
         When onnx2fx is not there or cannot convert the graph, when the graph takes something else than images, or when
         the module's outputs differ from ONNX Runtime's.
     """
@@ -55,7 +176,7 @@ class AsTorch:
     ) -> None:
         arrays = list(feed.arrays.values())
         if len(network.inputs) != 1 or arrays[0].ndim != 4 or arrays[0].dtype != np.float32:
-            raise NotConvertible("it takes something else than one float input (B, C, H, W)")
+            raise NotLearnable("it takes something else than one float input (B, C, H, W)")
         self.sites = {site.name: site for site in sites}
         proto, numbers = _numbered(network.proto)
         self.module = _converted(proto)
@@ -63,7 +184,7 @@ class AsTorch:
         self.nodes = {tensor: made[number] for tensor, number in numbers.items() if number in made}
         missing = [name for name in (*outputs, *(site.y for site in sites)) if name not in self.nodes]
         if missing:
-            raise NotConvertible(f"the tensor {missing[0]!r} is lost on the way")
+            raise NotLearnable(f"the tensor {missing[0]!r} is lost on the way")
         self.module.eval().requires_grad_(False)
         x = torch.from_numpy(arrays[0])
         values = self._values(x)
@@ -75,7 +196,7 @@ class AsTorch:
         self.module.graph.lint()
         self.module.recompile()
 
-    def student(self, layers: Mapping[str, DKConv2d]) -> nn.Module:
+    def student(self, layers: Mapping[str, nn.Module]) -> nn.Module:
         """A copy with DK layers, its only parameters."""
         student: fx.GraphModule = copy.deepcopy(self.module)
         nodes = {node.name: node for node in student.graph.nodes}
@@ -97,7 +218,7 @@ class AsTorch:
         return student
 
     @staticmethod
-    def layer_names(layers: Mapping[str, DKConv2d]) -> dict[str, str]:
+    def layer_names(layers: Mapping[str, Any]) -> dict[str, str]:
         """Where the layers of `student` are among its modules."""
         return {name: f"dk_{number}.layer" for number, name in enumerate(layers)}
 
@@ -108,7 +229,7 @@ class AsTorch:
             with torch.no_grad():
                 walk.run(x)
         except Exception as error:
-            raise NotConvertible(f"the converted module fails ({_first_line(error)})") from error
+            raise NotLearnable(f"the converted module fails ({_kind_and_line(error)})") from error
         return walk.env
 
     def _add_hints(self, values: Mapping[fx.Node, Any], outputs: Sequence[str]) -> list[str]:
@@ -134,7 +255,7 @@ class AsTorch:
 class _Placed(nn.Module):
     """A DK layer with the padding that PyTorch cannot express."""
 
-    def __init__(self, site: OnnxSite, layer: DKConv2d) -> None:
+    def __init__(self, site: OnnxSite, layer: nn.Module) -> None:
         super().__init__()
         self.site, self.layer = site, layer
 
@@ -166,14 +287,14 @@ def _converted(proto: ModelProto) -> fx.GraphModule:
     try:
         from onnx2fx import convert
     except ImportError as error:
-        raise NotConvertible("the extra is not installed: pip install 'dk2pnet[onnx-tuning]'") from error
+        raise NotLearnable("the extra is not installed: pip install 'dk2pnet[onnx-tuning]'") from error
     try:
         return convert(proto)
     except Exception as error:  # whatever it does not know
-        raise NotConvertible(f"onnx2fx cannot convert it ({_first_line(error)})") from error
+        raise NotLearnable(f"onnx2fx cannot convert it ({_kind_and_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
+def _kind_and_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}" if str(error).strip() else str(error)
 
 
@@ -193,12 +314,12 @@ def _is_map(value: object) -> bool:
 
 def _check(name: str, found: object, expected: np.ndarray) -> None:
     if not isinstance(found, Tensor) or found.dim() == 0 or tuple(found.shape) != expected.shape:
-        raise NotConvertible(f"the converted module gives another {name!r}")
+        raise NotLearnable(f"the converted module gives another {name!r}")
     if not found.is_floating_point():
-        raise NotConvertible(f"its output {name!r} holds whole numbers")
+        raise NotLearnable(f"its output {name!r} holds whole numbers")
     good = np.isfinite(expected)
     mine = found.numpy()
     scale = float(np.abs(expected[good]).max(initial=0.0))
     worst = float(np.abs(mine[good] - expected[good]).max(initial=0.0)) / max(scale, 1e-30)
     if not worst <= _EXACT:
-        raise NotConvertible(f"the converted module's {name!r} differs from ONNX Runtime's by {worst:.1e} (relative)")
+        raise NotLearnable(f"the converted module's {name!r} differs from ONNX Runtime's by {worst:.1e} (relative)")

@@ -20,7 +20,7 @@ from dk2pnet.networks.onnx.rewrite import dense_node
 from dk2pnet.networks.onnx.sites import OnnxSite, conv_of
 from dk2pnet.networks.patches import patches_of
 
-__all__ = ["Unsuitable", "layer_of", "reconstruct_onnx"]
+__all__ = ["Unsuitable", "layer_of", "reconstruct_onnx", "with_bias"]
 
 
 class Unsuitable(Exception):
@@ -97,7 +97,7 @@ def reconstruct_onnx(
         shift = (weight @ mean_teacher.unsqueeze(2) - folded @ mean_student.unsqueeze(2)).flatten()
         bias = shift if conv.bias is None else conv.bias.double() + shift
         if bool(torch.isfinite(bias).all()):
-            layer = _with_bias(layer, bias)
+            layer = with_bias(layer, bias)
         results[site.name] = layer
         if progress is not None:
             progress(len(results))
@@ -110,7 +110,8 @@ def reconstruct_onnx(
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _with_bias(layer: DKConv2d, bias: Tensor) -> DKConv2d:
+def with_bias(layer: DKConv2d, bias: Tensor) -> DKConv2d:
+    """The layer with another bias, or with its first."""
     new = DKConv2d(
         layer.in_channels,
         layer.out_channels,

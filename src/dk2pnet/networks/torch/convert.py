@@ -49,7 +49,9 @@ def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None 
     return student
 
 
-def with_kernels(model: nn.Module, counts: Mapping[str, Tensor | None]) -> nn.Module:
-    """A copy of `model` with an untrained DK layer wherever `counts` gives a convolution kernels per input channel."""
+def with_kernels(
+    model: nn.Module, counts: Mapping[str, Tensor | None], factors: Mapping[str, Factors] | None = None
+) -> nn.Module:
+    """A copy of `model` with a DK layer (empty without `factors`) wherever `counts` gives kernels per input channel."""
     layers = [LayerPlan(name, "", counts=count.tolist()) for name, count in counts.items() if count is not None]
-    return convert(model, Plan(layers=layers))
+    return convert(model, Plan(layers=layers), factors)

@@ -1,0 +1,188 @@
+"""What an OUT folder holds: the network ready to deploy, checked and timed, its int8 and torch.export forms where they
+are asked for, every figure, and the page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dk2pnet.data.samples import Batches, Samples
+from dk2pnet.deploy.costs import LatencyTable
+from dk2pnet.deploy.emit import plain_model
+from dk2pnet.deploy.latency import compare_latency, conditions, latency_figures
+from dk2pnet.deploy.quantize import quantize_onnx
+from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
+from dk2pnet.errors import InputError, first_line
+from dk2pnet.measure import accuracy, agreement, outputs_of
+from dk2pnet.networks.network import Network
+from dk2pnet.networks.onnx.answers import OnnxPredictions, errors_of
+from dk2pnet.networks.torch.network import TorchNetwork
+from dk2pnet.options import CompressOptions
+from dk2pnet.plan import Plan
+from dk2pnet.report.page import write_page
+from dk2pnet.run.out_folder import new_folder, write_json, write_recipe
+from dk2pnet.run.run import Run
+from dk2pnet.run.unfinished import keep_logs
+from dk2pnet.students.latency_budget import choose_forms
+from dk2pnet.students.teacher import Teacher
+
+__all__ = ["deliver", "notes_of_file", "write_int8", "write_pt2"]
+
+INT8, PT2 = "model.int8.onnx", "model.pt2"
+# Ranges of activations settle after a few hundred images; the quantiser keeps every activation of each of its batches.
+_CALIBRATION_IMAGES = 256
+
+
+def deliver(
+    out: Path,
+    teacher: Teacher,
+    student: Network,
+    plan: Plan,
+    metrics: dict[str, Any],
+    recipe: Mapping[str, Any],
+    logs: tuple[Path, Path | None] | None,
+    run: Run,
+) -> None:
+    """Choose forms, write, check, measure. `logs`: the folder of the unfinished run, and where its tuning lies."""
+    network, samples, options, clock = teacher.network, teacher.samples, teacher.options, run.clock
+    assert isinstance(options, CompressOptions)
+    target, threads = options.target or "onnxruntime", run.threads
+    with new_folder(out, options.overwrite) as folder:
+        run.progress("exporting", 0, 0)
+        with clock("choosing forms"):
+            table = LatencyTable(target, threads, progress=lambda done, of: run.progress("timing layers", done, of))
+            sites = {name: site for name, site in teacher.open_sites.items() if name not in plan.forms}
+            forms = choose_forms(student, sites, table)
+        for layer in plan.layers:
+            layer.form = forms.get(layer.name, layer.form)
+        with clock("export"):
+            metrics["student"]["onnx_difference"] = student.save(folder, plan, run)
+            files = {"teacher": network.onnx({}), "student": (folder / "model.onnx").read_bytes()}
+        run.progress("measuring latency", 0, 0)
+        timed: Mapping[str, Any] = files
+        if target not in ("onnxruntime", "openvino"):
+            timed = {"teacher": network.deployable(target, {}), "student": student.deployable(target, plan.forms)}
+        with clock("latency"):
+            times = latency_figures(compare_latency(timed, network.example, target=target, threads=threads))
+        for side, content in files.items():
+            metrics[side]["onnx_bytes"] = len(content)
+            metrics[side] |= times[side]
+        metrics["notes"] = [*metrics["notes"], *notes_of_file(plan, times)]
+        metrics["run"]["latency"] = conditions(target, network.example, threads)
+        for layer, figures in zip(plan.layers, metrics["layers"], strict=True):
+            figures["form"] = layer.form
+        if samples is not None and (options.int8 or target == "onnxruntime-int8"):
+            with clock("int8"):
+                metrics["int8"] = write_int8(files, folder, samples, network.example, run)
+        if options.pt2:
+            assert isinstance(student, TorchNetwork)
+            with clock("pt2"):
+                example = student.example.cpu()
+                metrics["student"]["pt2_difference"] = write_pt2(student.model, plan.forms, example, folder / PT2)
+        write_json(folder / "metrics.json", metrics)
+        write_recipe(folder / "recipe.yaml", "compress", recipe)
+        write_page(metrics, folder / "report.html")
+        if logs is not None:
+            keep_logs(logs[0], folder, logs[1])
+
+
+def notes_of_file(plan: Plan, timed: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a reader of the multiply-adds and the times has to know of the file that was written."""
+    notes = []
+    chosen = [layer.form for layer in plan.layers if layer.counts is not None and layer.form is not None]
+    if "folded" in chosen:
+        notes.append(
+            f"{chosen.count('folded')} of {len(chosen)} layers of dominant kernels run as one dense convolution in "
+            "model.onnx, which is faster there; the multiply-adds are those of their kernels"
+        )
+    if any(timed[side]["latency_noisy"] for side in ("teacher", "student")):
+        notes.append("the machine was unsteady while times were taken: do not trust small differences of latency")
+    return notes
+
+
+def write_int8(
+    files: Mapping[str, bytes], folder: Path, samples: Samples, example: Any, run: Run
+) -> list[dict[str, Any]]:
+    """Quantise teacher and student on calibration samples, write the student's int8 file, and compare all four.
+
+    Returns one row each: `network`, `numbers` (fp32 or int8), `accuracy` on the test split (None without one),
+    `agreement` with the teacher's fp32 answers on held-out samples (of others than classifiers None, and instead the
+    `relative_error` in percent), `bytes`, `latency_ms` in ONNX Runtime.
+    """
+    contents: dict[tuple[str, str], bytes] = {}
+    for name, content in files.items():
+        contents[name, "fp32"] = content
+        run.progress(f"quantising the {name}", 0, 0)
+        contents[name, "int8"] = quantize_onnx(content, _first(samples.gather, _CALIBRATION_IMAGES))
+    (folder / INT8).write_bytes(contents["student", "int8"])
+    networks = {f"{name} {kind}": content for (name, kind), content in contents.items()}
+    times = compare_latency(networks, example, threads=run.threads)
+    rows = []
+    reference: OnnxPredictions | None = None
+    for (name, kind), content in contents.items():
+        held = _predict(content, samples.held_out, run.threads)
+        reference = reference or held
+        right = None
+        if samples.test is not None and held.classifies:
+            run.progress(f"evaluating: {name} {kind}", 0, 0)
+            answers = _predict(content, samples.test, run.threads)
+            right = accuracy(answers) if answers.labels is not None else None
+        row: dict[str, Any] = {"network": name, "numbers": kind, "accuracy": right}
+        row |= {"agreement": agreement(reference, held), "bytes": len(content)}
+        row |= {"latency_ms": times[f"{name} {kind}"].median_ms}
+        if not held.classifies:
+            errors = errors_of(reference, held)
+            row["relative_error"] = 100 * (sum(errors.values()) / max(len(errors), 1)) ** 0.5
+        rows.append(row)
+    return rows
+
+
+def write_pt2(model: nn.Module, forms: Mapping[str, str], example: Tensor, path: Path) -> float:
+    """Write the student as a `torch.export` program with a free batch size; the largest relative difference to it."""
+    plain = plain_model(model, forms)
+    x = example.detach().cpu()[:1].repeat(3, *[1] * (example.dim() - 1))
+    try:
+        program = torch.export.export(plain, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.pt2")
+        try:
+            torch.export.save(program, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        with torch.no_grad():
+            found = torch.export.load(path).module()(x)
+    except Exception as error:
+        raise InputError(
+            f"the student cannot be exported with torch.export ({first_line(error)}); leave --pt2 away"
+        ) from error
+    with torch.no_grad():
+        expected = plain(x)
+    pairs = zip(outputs_of(found), outputs_of(expected), strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def _first(batches: Batches, most: int) -> Iterable[Any]:
+    """Inputs of so many samples, in batches of 32 at most where they are tensors."""
+    done = 0
+    for x, _ in batches:
+        for part in x.split(32) if isinstance(x, Tensor) else [x]:
+            if done >= most:
+                return
+            yield part[: most - done].cpu() if isinstance(part, Tensor) else part
+            done += len(part)
+
+
+def _predict(content: bytes, batches: Batches, threads: int | None) -> OnnxPredictions:
+    running = session(content, threads)
+    names = [output.name for output in running.get_outputs()]
+    parts, labels, done = [], [], 0
+    for x, y in batches:
+        parts.append(run_onnx(running, x))
+        labels += [] if y is None else [y.cpu()]
+        done += len(x)
+    return OnnxPredictions(names, parts, done, torch.cat(labels) if len(labels) == len(parts) else None)

@@ -1,0 +1,390 @@
+"""A PyTorch module as compression sees it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dk2pnet import __version__, processes
+from dk2pnet.data import ImageData, Normalization
+from dk2pnet.data.arrays import Arrays, Feed
+from dk2pnet.data.samples import Batches, Batching, Part, Samples
+from dk2pnet.decompose.moments import Moments
+from dk2pnet.decompose.solve import Factors
+from dk2pnet.deploy.emit import plain_model
+from dk2pnet.deploy.export import check_onnx, export_onnx, onnx_bytes
+from dk2pnet.deploy.latency import is_onnx
+from dk2pnet.deploy.quantize import quantize_onnx
+from dk2pnet.errors import InputError, Refused, first_line
+from dk2pnet.layer import DKConv2d, set_form
+from dk2pnet.measure import Predictions, divergence, evaluation, macs, parameters, predict, squared_error
+from dk2pnet.modules import copy_model
+from dk2pnet.networks.network import Corrections, Settings, Site, Solution
+from dk2pnet.networks.saved import load_student, save_student
+from dk2pnet.networks.torch.convert import with_kernels
+from dk2pnet.networks.torch.corrections import correct_biases, has_batch_norm, reestimate_batch_norm
+from dk2pnet.networks.torch.gather import gather_moments
+from dk2pnet.networks.torch.reconstruct import reconstruct
+from dk2pnet.networks.torch.sites import find_convolutions
+from dk2pnet.plan import Plan
+from dk2pnet.run.run import Run
+from dk2pnet.training.checkpoint import digest_of
+from dk2pnet.training.trainer import TUNING, TrainingOptions
+
+__all__ = ["TorchNetwork"]
+
+# Where not all images fit into memory at once, the layer-by-layer reconstruction makes do with so many of them.
+_RECONSTRUCTION_IMAGES = 256
+# Tuning estimates batch norm itself: where it comes next, so many images give the figures of its start.
+_START_IMAGES = 512
+# A start whose outputs are off by more than this (relative squared error) has a longer way to go, in larger steps.
+_FAR, _FAR_RATE = 1 / 3, 3e-2
+
+
+@dataclass
+class TorchNetwork:
+    """A module with its weights; `plan` where it was compressed before. Source of the protocol: `networks.network`."""
+
+    model: nn.Module
+    spec: dict[str, Any] | None = None
+    normalization: Normalization | None = None
+    plan: Plan | None = None
+    example: Tensor = field(default_factory=lambda: torch.zeros(1))
+    given: nn.Module | None = None  # the user's own, which is never changed
+
+    batching = Batching()
+    default_criterion = "loss"
+    reconstructs_first = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.example.device
+
+    @property
+    def measure(self) -> str:
+        """KL for a classifier, as decided when it was prepared."""
+        return "KL(teacher || student)" if self._classifies else "relative squared error"
+
+    _classifies: bool = False
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Of its own DK layers."""
+        return self.plan.forms if self.plan is not None else {}
+
+    @property
+    def macs(self) -> int:
+        """Of one image."""
+        return macs(self.model, self.example)
+
+    @property
+    def parameters(self) -> int:
+        """Shared ones once."""
+        return parameters(self.model)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+    @property
+    def layers(self) -> dict[str, DKConv2d]:
+        """All DK layers, by each of their names."""
+        modules = self.model.named_modules(remove_duplicate=False)
+        return {name: module for name, module in modules if isinstance(module, DKConv2d)}
+
+    # -- before any work ---------------------------------------------------------------------------------------------
+
+    def prepare(self, example: Tensor | Feed | None, input_size: int | None, run: Run) -> None:
+        """Copy the module to the run's device, and run `example` through it, or an image of the size that is known."""
+        if example is None:
+            shape = self.plan.input_shape if self.plan is not None else None
+            if shape is None and input_size is not None:
+                shape = [(self.spec or {}).get("in_channels") or 3, input_size, input_size]
+            if shape is None:
+                raise InputError(
+                    "the size of the images is not known; give --data or --input-size (in Python: example_input)"
+                )
+            example = torch.zeros(1, *shape)
+        if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
+            what = f"{example.dtype} of shape {tuple(example.shape)}" if isinstance(example, Tensor) else "no tensor"
+            raise InputError(f"example_input is {what}; expected a float tensor (1, C, H, W)")
+        self.given = self.given or self.model
+        self.model = copy_model(self.model).eval().to(run.device)
+        for parameter in self.model.parameters():  # of a frozen one the students' layers would not be tuned
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        self.example = example[:1].detach().to(run.device)
+        self._classifies = self._check_output().classifies
+
+    def _check_output(self) -> Predictions:
+        try:
+            found, again = (predict(self.model, [(self.example, None)], self.device) for _ in range(2))
+        except InputError:
+            raise
+        except Exception as error:  # whatever the network itself raises
+            kinds = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+            if len(kinds) == 1 and kinds != {self.example.dtype}:
+                raise InputError(
+                    f"the network's weights are {kinds.pop()} and the images {self.example.dtype}; give the network in "
+                    f"{self.example.dtype}, as by model.float()"
+                ) from error
+            raise InputError(
+                f"the network cannot run an image of shape {tuple(self.example.shape)} ({first_line(error)}); "
+                "give images of its size (--input-size)"
+            ) from error
+        if not all(_alike(a, b) for a, b in zip(found.outputs, again.outputs, strict=True)):
+            raise InputError(
+                "the network gives other outputs each time for the same image, also in evaluation mode, so nothing can "
+                "be compared with it; look for dropout without training=self.training"
+            )
+        return found
+
+    def one_at_a_time(self) -> bool:
+        """A module takes any number."""
+        return False
+
+    def arrays(self, path: str) -> Arrays:
+        """Not yet: a module takes images."""
+        raise InputError(f"{path} holds arrays, which feed .onnx models; give a data set, or batches in Python")
+
+    def sites(self, keep: Sequence[str] = (), first: bool = False) -> list[Site]:
+        """By running the example."""
+        return find_convolutions(self.model, self.example, keep, first)
+
+    def digests(self) -> dict[str, str]:
+        """Of the weights."""
+        return {"digest_of_weights": digest_of(self.model.state_dict())}
+
+    # -- what it answers ---------------------------------------------------------------------------------------------
+
+    def predict(self, batches: Batches, run: Run, what: str = "", total: int = 0) -> Predictions:
+        """In evaluation mode, on the device where it is."""
+        return predict(self.model, batches, run.device, run.says(what, total) if what else None)
+
+    def divergence(self, teacher: Predictions, student: Predictions) -> float:
+        """As `measure.divergence`."""
+        return divergence(teacher, student)
+
+    def figures(self, teacher: Predictions, student: Predictions) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+    # -- students ----------------------------------------------------------------------------------------------------
+
+    def moments(
+        self, sites: Mapping[str, Site], samples: Samples, gradients: bool, memory: int, run: Run
+    ) -> Iterator[dict[str, Moments]]:
+        """Each of several processes gathers from its part of the images."""
+        total = samples.counts["calibration"]
+        start, stop = (total * each // processes.count() for each in (processes.rank(), processes.rank() + 1))
+        yield from gather_moments(
+            self.model,
+            {name: site.conv for name, site in sites.items()},
+            samples.gather if stop - start == total else Part(samples.gather, start, stop),
+            gradients=gradients,
+            memory=memory,
+            seed=run.seed,
+            first_image=start,
+            device=self.device,
+            progress=lambda what, done: run.progress(f"moments, {what}", done, stop - start),
+        )
+
+    def _student(self, model: nn.Module) -> TorchNetwork:
+        set_form(model, "folded")
+        return replace(self, model=model)
+
+    def with_kernels(self, counts: Mapping[str, Tensor], factors: Mapping[str, Factors] | None = None) -> TorchNetwork:
+        """A copy with DK layers; `Refused` where the network does not call one where it stands."""
+        student = self._student(with_kernels(self.model, counts, factors))
+        if factors is not None:
+            _check_called(student.model, counts, self.example)
+        return student
+
+    def corrections(
+        self, student: TorchNetwork, solution: Solution, samples: Samples, how: Settings, run: Run
+    ) -> Corrections:
+        """The asymmetric reconstruction, then batch norm re-estimated, or biases where there is none."""
+        clock = run.clock
+        if how.reconstruct:
+            with clock("reconstruct"):
+                better = self._reconstructed(solution, samples, how.memory, run)
+            if (yield "layer-by-layer reconstruction", better):
+                student = better
+        with clock("correct"):
+            if has_batch_norm(student.model):
+                gather = Part(samples.gather, 0, _START_IMAGES) if how.quick else samples.gather
+                yield "batch-norm re-estimation", student._renormalized(gather)
+            else:
+                corrected = student._student(copy_model(student.model))
+                order = [site.name for site in self.sites()]
+                correct_biases(corrected.model, self.model, order, samples.gather, self.device)
+                yield "bias correction", corrected
+
+    def after_tuning(self, student: TorchNetwork, samples: Samples, run: Run) -> Corrections:
+        """Batch norm once more."""
+        if has_batch_norm(student.model):
+            yield "batch-norm re-estimation after tuning", student._renormalized(samples.gather)
+
+    def _renormalized(self, batches: Batches) -> TorchNetwork:
+        corrected = self._student(copy_model(self.model))
+        reestimate_batch_norm(corrected.model, batches, self.device)
+        return corrected
+
+    def _reconstructed(self, solution: Solution, samples: Samples, memory: int, run: Run) -> TorchNetwork:
+        """The student of the asymmetric reconstruction."""
+        dense, sites = copy_model(self.model), self.sites()
+        modules = dict(dense.named_modules())
+        counts = solution.counts
+        converted = dict(with_kernels(self.model, counts, solution.factors).named_modules())
+        with torch.no_grad():
+            for name in counts:
+                conv, layer = modules[name], converted[name]
+                assert isinstance(conv, nn.Conv2d)
+                assert isinstance(layer, DKConv2d)
+                conv.weight.copy_(layer.fold())
+        images, batches = samples.counts["calibration"], samples.gather
+        activation = max(site.activation for site in sites)
+        if 4 * 3 * activation * images > memory / 2 and images > _RECONSTRUCTION_IMAGES:
+            images, batches = _RECONSTRUCTION_IMAGES, Part(samples.gather, 0, _RECONSTRUCTION_IMAGES)
+        found = reconstruct(
+            self.model,
+            dense,
+            sites,
+            counts,
+            batches,
+            images=images,
+            memory=memory,
+            seed=run.seed,
+            device=self.device,
+            progress=run.says("layer-by-layer reconstruction", len(counts)),
+        )
+        student = self._student(with_kernels(self.model, counts, {**solution.factors, **found}))
+        state = student.model.state_dict()  # biases and running means have moved too
+        for name, value in dense.state_dict().items():
+            if name in state:
+                state[name].copy_(value)
+        return student
+
+    def learner(self, samples: Samples, sites: Mapping[str, Site], run: Run) -> TorchLearner:
+        """Every PyTorch network can be tuned."""
+        return TorchLearner(self.model, self.example, self.normalization, {name: name for name in sites})
+
+    # -- on the way out ----------------------------------------------------------------------------------------------
+
+    def deployable(self, target: str, forms: Mapping[str, str]) -> Any:
+        """Content of an ONNX file, or a module of plain layers."""
+        forms = {**self.forms, **forms}
+        if not is_onnx(target):
+            return plain_model(self.model, forms)
+        content = self.onnx(forms)
+        # Its time does not depend on the ranges of the activations.
+        return quantize_onnx(content, [self.example.cpu()]) if target == "onnxruntime-int8" else content
+
+    def onnx(self, forms: Mapping[str, str]) -> bytes:
+        """By PyTorch's exporters."""
+        return onnx_bytes(self.model, self.example, forms={**self.forms, **forms})
+
+    def save(self, folder: Path, plan: Plan, run: Run) -> float | None:
+        """model.onnx, model.safetensors and plan.json."""
+        self.model.cpu().eval()
+        set_form(self.model, "branches")
+        difference = write_onnx(self.model, plan, self.example.cpu(), folder / "model.onnx")
+        save_student(self.model, plan, folder)
+        return difference
+
+    def save_unfinished(self, folder: Path, plan: Plan) -> None:
+        """Weights and plan."""
+        save_student(self.model, plan, folder)
+
+    def load_unfinished(self, folder: Path) -> tuple[TorchNetwork, Plan]:
+        """On the device of this network."""
+        model, plan = load_student(folder, factory=lambda: copy_model(self.model).cpu())
+        return self._student(model.to(self.device)), plan
+
+    def result(self, plan: Plan) -> nn.Module:
+        """The module, on the device of the one that was given."""
+        self.model.eval()
+        set_form(self.model, "branches")
+        home = next((p.device for p in (self.given or self.model).parameters()), torch.device("cpu"))
+        return self.model.to(home)
+
+
+@dataclass
+class TorchLearner:
+    """The modules themselves."""
+
+    teacher: nn.Module
+    example: Tensor
+    normalization: Normalization | None
+    names: Mapping[str, str]
+    options: TrainingOptions = TUNING
+
+    def data(self, samples: Samples) -> ImageData | Batches:
+        """A data set is augmented, a user's own batches are taken as they are."""
+        return samples.tune
+
+    def student(self, student: TorchNetwork) -> nn.Module:
+        """A copy."""
+        return copy_model(student.model)
+
+    def learned(self, student: TorchNetwork, module: nn.Module) -> TorchNetwork:
+        """The copy."""
+        return student._student(module)
+
+    def rate_for(self, teacher: Predictions, start: Predictions) -> float:
+        """The higher one is for batch norm in training mode only: frozen it made things worse (docs/results.md)."""
+        usual = self.options.learning_rate
+        if self.options.batch_norm == "frozen":
+            return usual
+        return _FAR_RATE if squared_error(teacher, start) > _FAR else usual
+
+
+def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path) -> float:
+    """Export with normalisation in the metadata; the largest relative difference to PyTorch at batches of 1 and 7."""
+    metadata = {
+        "dk2pnet": __version__,
+        "input_shape": json.dumps(plan.input_shape),
+        "normalization": json.dumps(plan.normalization),
+    }
+    export_onnx(model, example, path, forms=plan.forms, metadata=metadata)
+    probes = [
+        torch.randn(count, *example.shape[1:], generator=torch.Generator().manual_seed(count)).to(example.dtype)
+        for count in (1, 7)
+    ]
+    try:
+        return check_onnx(path, model, probes)
+    except RuntimeError as error:
+        raise InputError(f"the network was exported, but {error}") from error
+
+
+def _check_called(student: nn.Module, names: Mapping[str, Any], example: Tensor) -> None:
+    """Refuse a student that runs past its new layers."""
+    modules, called = dict(student.named_modules(remove_duplicate=False)), set()
+    with ExitStack() as stack:
+        for name in names:
+            hook = modules[name].register_forward_hook(lambda *_, name=name: called.add(name))
+            stack.callback(hook.remove)
+        with evaluation(student):
+            student(example)
+    for name in names:
+        if name not in called:
+            raise Refused(
+                f"the network does not call {name!r} where it stands, but by a reference of its own in whose place "
+                f"nothing can be put; leave it dense (--keep {name})"
+            )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, which on a GPU may change from run to run."""
+    if a.shape != b.shape or not (a.isfinite().all() and b.isfinite().all()):
+        return a.shape == b.shape  # what is not finite is refused elsewhere
+    return torch.allclose(a, b, 1e-2, 1e-3 * float(a.abs().max()) if a.numel() else 0.0)

@@ -1,0 +1,52 @@
+"""The one judge: of two students the one whose answers on the held-out samples are closer to the teacher's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dk2pnet import processes
+from dk2pnet.data.samples import Batches
+from dk2pnet.measure import Predictions
+from dk2pnet.networks.network import Corrections, Network
+from dk2pnet.run.run import Run
+
+__all__ = ["Judge"]
+
+
+class Judge:
+    """Decides, and keeps what it decided in a list of the caller's, for metrics.json."""
+
+    def __init__(self, teacher: Network, answers: Predictions, held_out: Batches, run: Run) -> None:
+        self.teacher, self.answers, self.held_out, self.run = teacher, answers, held_out, run
+
+    def divergence(self, student: Network) -> float:
+        """On the held-out samples; all processes take the main one's."""
+        found = [self.teacher.divergence(self.answers, student.predict(self.held_out, self.run))]
+        processes.broadcast(found)
+        return found[0]
+
+    def entry(self, what: str, before: float, after: float | None, kept: bool) -> dict[str, Any]:
+        """A decision as metrics.json has it."""
+        return {"what": what, "before": before, "after": after, "kept": kept, "measure": self.teacher.measure}
+
+    def closer(self, what: str, before: Network, after: Network, decisions: list[dict[str, Any]]) -> Network:
+        """The one of two students that is kept."""
+        old, new = (self.divergence(each) for each in (before, after))
+        decisions.append(self.entry(what, old, new, new < old))
+        return after if new < old else before
+
+    def apply(self, corrections: Corrections, student: Network, decisions: list[dict[str, Any]]) -> Network:
+        """The student after all corrections, each of them kept where it brings it closer."""
+        kept: bool | None = None
+        while True:
+            try:
+                what, better = next(corrections) if kept is None else corrections.send(kept)
+            except StopIteration:
+                return student
+            if better is None:
+                decisions.append(self.entry(what, self.divergence(student), None, False))
+                kept = False
+                continue
+            chosen = self.closer(what, student, better, decisions)
+            kept = chosen is better
+            student = chosen

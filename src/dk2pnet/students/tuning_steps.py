@@ -1,0 +1,78 @@
+"""How long students are tuned: so many steps, or so much time, or not at all and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from dk2pnet.data.samples import Samples
+from dk2pnet.errors import InputError
+
+__all__ = ["AUTOMATIC_MACS", "Tuning", "tuning_of"]
+
+AUTOMATIC_STEPS = 150
+# Of one image through CIFAR's ResNet-56: 150 steps of networks up to this size take minutes on two cores.
+AUTOMATIC_MACS = 125_485_696
+_FEWEST_IMAGES = 100  # below this nobody has measured what automatic tuning does
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)")
+_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """So many steps, or what fits into so many seconds; 0 steps for none, for the reason `said`."""
+
+    steps: int = 0
+    seconds: float | None = None
+    said: str = ""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any tuning is to be done."""
+        return self.steps > 0 or self.seconds is not None
+
+
+def tuning_of(tune: str | int | None, *, epochs: int, samples: Samples | None, macs: int) -> Tuning:
+    """What ``--tune`` asks for; None (or ``auto``) is 150 steps where they are cheap and there are images enough.
+
+    `macs`: of the teacher, for one image.
+
+    Raises
+    ------
+    InputError
+        When the text is not understood, or tuning was asked for and cannot be done.
+    """
+    count = samples.counts["calibration"] + samples.counts["held out"] if samples is not None else 0
+    if tune is None or tune == "auto":
+        if epochs:
+            return Tuning(said="")  # the training does what tuning would
+        if samples is None:
+            return Tuning(said="no tuning: there are no images; give --data, and --tune 150 for so many steps")
+        if count < _FEWEST_IMAGES:
+            return Tuning(
+                said=f"no tuning: {count} calibration images are fewer than {_FEWEST_IMAGES}; give more, or --tune 150"
+            )
+        if macs > AUTOMATIC_MACS:
+            return Tuning(
+                said=f"no tuning: a step would take long in a network of {macs / 1e6:,.0f} M multiply-adds; "
+                "--tune 10m gives it ten minutes"
+            )
+        return Tuning(AUTOMATIC_STEPS)
+    wanted = _parse(tune)
+    if wanted.wanted and (samples is None or samples.counts["calibration"] < 2):
+        have = "no images" if samples is None else f"{count} image(s) for calibration"
+        raise InputError(
+            f"tuning was asked for (--tune {tune}) with {have}, a fifth of which only decides; "
+            "give at least 3 images with --data, or --tune 0"
+        )
+    return wanted
+
+
+def _parse(tune: str | int) -> Tuning:
+    text = str(tune).strip()
+    match = _TIME.fullmatch(text)
+    if match and float(match[1]) > 0:
+        return Tuning(seconds=float(match[1]) * _SECONDS[match[2]])
+    if text.isdecimal():
+        return Tuning(int(text))
+    raise InputError(f"tune is {tune!r}; expected a number of steps (150), a time (2m, 90s) or 0 for none")
