@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError
-
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -14,33 +11,6 @@ from dk2pnet.deploy.export import export_onnx, onnx_bytes
 from dk2pnet.deploy.latency import _summary, compare_latency, conditions, is_onnx
 from dk2pnet.errors import InputError
 from toys import by_view
-
-
-def test_another_distribution_may_have_the_runtime(monkeypatch):
-    """Who has onnxruntime-gpu has the module onnxruntime, but no distribution of that name."""
-
-    def missing(package):
-        raise PackageNotFoundError(package)
-
-    monkeypatch.setattr(latency, "version", missing)
-    facts = latency.conditions("onnxruntime", np.zeros((1, 3, 8, 8), np.float32), 1)
-    assert facts["onnxruntime"] == onnxruntime.__version__
-
-
-def test_every_network_is_compiled():
-    """torch.compile would run the ninth of one class as it is."""
-    graphs = []
-
-    def count(graph, example):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    with latency._compiling("pytorch-compile"):
-        for width in range(1, 13):
-            torch.compile(nn.Sequential(nn.Conv2d(3, width, 1)), backend=count, dynamic=False)(torch.randn(1, 3, 4, 4))
-    torch.compiler.reset()
-    assert len(graphs) == 12
 
 
 def test_heavy_network_is_slower(tmp_path):
@@ -153,7 +123,7 @@ def test_what_is_wrong_with_a_target_is_said(monkeypatch):
         compare_latency({"light": b"nonsense"}, example, target="openvino")
     with pytest.raises(InputError, match="the network does not take an input of shape"):
         compare_latency({"light": light}, torch.zeros(1, 2, 9, 9), target="pytorch")
-    monkeypatch.setattr(latency, "find_spec", lambda name: None)
+    monkeypatch.setattr("dk2pnet.deploy.runtimes.target.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'dk2pnet\[openvino\]'"):
         compare_latency({"light": b""}, example, target="openvino")
 

@@ -6,30 +6,20 @@ machines; timed in turns (A B C A B C ...) they see the same one, and the median
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dk2pnet.data.arrays import Feed
-from dk2pnet.deploy.runtimes.onnxruntime import session
+from dk2pnet.deploy import runtimes
 from dk2pnet.errors import InputError
-from dk2pnet.measure import in_layout, layout_of
-from dk2pnet.options import TARGETS
-from dk2pnet.processes import processor
 
 __all__ = [
     "TARGETS",
@@ -43,6 +33,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+TARGETS = tuple(runtimes.TARGETS)  # that come with dk2pnet; others may be registered later
 
 # A sample shorter than this says more about the clock and the scheduler than about the network.
 SHORTEST_SAMPLE = 1e-3
@@ -122,25 +113,25 @@ def compare_latency(
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected 1 or more")
     examples = example if isinstance(example, Mapping) else dict.fromkeys(networks, example)
-    with _threads(target, threads), _compiling(target):
-        calls = {name: _call(name, each, examples[name], target, threads) for name, each in networks.items()}
+    runtime = runtimes.target_named(target)
+    with runtime.prepared(threads):
+        calls = {name: _call(name, each, examples[name], runtime, threads) for name, each in networks.items()}
         return _take_turns(calls, seconds, rounds_min, tight)
 
 
 def conditions(target: str, example: np.ndarray | Tensor | Feed, threads: int | None) -> dict[str, Any]:
     """What a time depends on beside the network, for the record."""
-    package = target.removesuffix("-int8") if is_onnx(target) else "torch"
+    runtime = runtimes.target_named(target)
     shape = list(example.shape)
     batch = example.samples if isinstance(example, Feed) else shape[0]
-    facts = {"target": target, package: _version_of(package), "threads": threads, "batch": batch, "input": shape[1:]}
-    return facts | {"processor": torch.cuda.get_device_name() if target == "cuda" else processor()}
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # another distribution has the module: onnxruntime-gpu
-        return import_module(package).__version__
+    return {
+        "target": target,
+        runtime.package: runtime.version(),
+        "threads": threads,
+        "batch": batch,
+        "input": shape[1:],
+        "processor": runtime.processor(),
+    }
 
 
 def latency_figures(found: Mapping[str, Latency]) -> dict[str, dict[str, Any]]:
@@ -167,17 +158,12 @@ def latency_figures(found: Mapping[str, Latency]) -> dict[str, dict[str, Any]]:
 
 def check_target(target: str) -> None:
     """`InputError` where a target is not known, or cannot be had on this machine."""
-    if target not in TARGETS:
-        raise InputError(f"target is {target!r}; expected one of {', '.join(TARGETS)}")
-    if target == "openvino" and find_spec("openvino") is None:
-        raise InputError("target openvino needs the package openvino; install it with: pip install 'dk2pnet[openvino]'")
-    if target == "cuda" and not torch.cuda.is_available():
-        raise InputError("target cuda needs a GPU, and PyTorch finds none; choose another --target")
+    runtimes.target_named(target).check()
 
 
 def is_onnx(target: str) -> bool:
     """Whether the target reads ONNX files (else it runs PyTorch modules)."""
-    return target in ("onnxruntime", "onnxruntime-int8", "openvino")
+    return runtimes.target_named(target).reads_onnx
 
 
 def _take_turns(
@@ -205,131 +191,20 @@ def _take_turns(
     return {name: _summary(times) for name, times in samples.items()}
 
 
-# -- targets ---------------------------------------------------------------------------------------------------------
-
-
 def _call(
-    name: str,
-    network: str | Path | bytes | nn.Module,
-    example: np.ndarray | Tensor | Feed,
-    target: str,
-    threads: int | None,
+    name: str, network: runtimes.Network, example: runtimes.Example, target: runtimes.Target, threads: int | None
 ) -> Callable[[], object]:
-    if isinstance(network, nn.Module) == is_onnx(target):
-        expected = "an ONNX file or its content" if is_onnx(target) else "a module"
-        raise InputError(f"{name} is {type(network).__name__}; target {target} expects {expected}")
+    if isinstance(network, nn.Module) == target.reads_onnx:
+        expected = "an ONNX file or its content" if target.reads_onnx else "a module"
+        raise InputError(f"{name} is {type(network).__name__}; target {target.name} expects {expected}")
     what = str(network) if isinstance(network, str | Path) else "the network"
-    if isinstance(network, nn.Module):
-        load = functools.partial(_in_pytorch, network, example, target)
-    elif target == "openvino":
-        load = functools.partial(_in_openvino, network, example, threads)
-    else:
-        load = functools.partial(_in_onnxruntime, network, example, threads)
-    call = load()
+    call = target.load(network, example, threads)
     try:
         call()
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{what} does not take an input of shape {tuple(example.shape)}: {reason}") from error
     return call
-
-
-def _array(example: np.ndarray | Tensor) -> np.ndarray:
-    return np.ascontiguousarray(example.detach().cpu().numpy() if isinstance(example, Tensor) else example)
-
-
-def _in_onnxruntime(
-    network: str | Path | bytes, example: np.ndarray | Tensor | Feed, threads: int | None
-) -> Callable[[], object]:
-    running = session(network, threads)
-    if isinstance(example, Feed):
-        arrays = example.arrays
-        return lambda: running.run(None, arrays)
-    array = _array(example)
-    name = running.get_inputs()[0].name
-    return lambda: running.run(None, {name: array})
-
-
-def _in_openvino(
-    network: str | Path | bytes, example: np.ndarray | Tensor | Feed, threads: int | None
-) -> Callable[[], object]:
-    import openvino
-
-    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if threads is not None:
-        properties["INFERENCE_NUM_THREADS"] = threads
-    core = _openvino_core()
-    try:
-        model = core.read_model(network if isinstance(network, bytes) else str(network))
-        arrays = example.arrays if isinstance(example, Feed) else {model.input(0).any_name: _array(example)}
-        # As a deployed network has it: with the shape fixed, the compiler lays out memory once.
-        model.reshape({name: list(array.shape) for name, array in arrays.items()})
-        request = core.compile_model(model, "CPU", properties).create_infer_request()
-    except RuntimeError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise InputError(f"the network cannot be loaded by OpenVINO: {reason}") from error
-    for name, array in arrays.items():
-        request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
-    return request.infer
-
-
-@functools.cache
-def _openvino_core() -> Any:
-    """One for the life of the process: with the last one OpenVINO unloads its plugin, and later forks may crash."""
-    import openvino
-
-    return openvino.Core()
-
-
-def _in_pytorch(network: nn.Module, example: np.ndarray | Tensor, target: str) -> Callable[[], object]:
-    device = torch.device("cuda" if target == "cuda" else "cpu")
-    try:
-        module = copy.deepcopy(network).eval().to(device)
-    except Exception as error:
-        raise InputError(f"{type(network).__name__} cannot be copied to time it ({error})") from error
-    x = example.detach() if isinstance(example, Tensor) else torch.from_numpy(example)
-    x = x.to(device)
-    # The layout in which PyTorch's convolutions are fastest on processors and GPUs, for networks that can.
-    in_layout(module, torch.channels_last)
-    layout = layout_of(x, module)
-    in_layout(module, layout)
-    x = x.to(memory_format=layout)
-    function = torch.compile(module, dynamic=False) if target == "pytorch-compile" else module
-
-    def call() -> object:
-        with torch.inference_mode():
-            output = function(x)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return output
-
-    return call
-
-
-@contextlib.contextmanager
-def _compiling(target: str) -> Iterator[None]:
-    """As many compiled networks as are asked for: torch.compile gives up on a class of networks after the eighth."""
-    if target != "pytorch-compile":
-        yield
-        return
-    import torch._dynamo.config as limits
-
-    names = ("recompile_limit", "accumulated_recompile_limit", "cache_size_limit", "accumulated_cache_size_limit")
-    with limits.patch({name: 2**20 for name in names if hasattr(limits, name)}):
-        yield
-
-
-@contextlib.contextmanager
-def _threads(target: str, threads: int | None) -> Iterator[None]:
-    """PyTorch has one number of threads for the whole process; it is put back."""
-    before = torch.get_num_threads()
-    if threads is not None and not is_onnx(target):
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
 
 
 def _warm_up(call: Callable[[], object], calls: int = 5) -> float:

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 from torch import Tensor
 
 from dk2pnet.data.arrays import Feed
+from dk2pnet.deploy.runtimes.target import Example, Target, as_array, register
 from dk2pnet.errors import InputError, first_line
 
-__all__ = ["run_onnx", "session"]
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["OnnxRuntime", "OnnxRuntimeInt8", "run_onnx", "session"]
+
+
+class OnnxRuntime(Target):
+    """An ONNX file."""
+
+    name = "onnxruntime"
+    reads_onnx = True
+    package = "onnxruntime"
+
+    def load(self, network: str | Path | bytes, example: Example, threads: int | None) -> Callable[[], object]:
+        """As `Target.load`."""
+        running = session(network, threads)
+        if isinstance(example, Feed):
+            arrays = example.arrays
+            return lambda: running.run(None, arrays)
+        array = as_array(example)
+        name = running.get_inputs()[0].name
+        return lambda: running.run(None, {name: array})
+
+
+class OnnxRuntimeInt8(OnnxRuntime):
+    """The same; its files are quantised before they come here."""
+
+    name = "onnxruntime-int8"
+    quantized = True
 
 
 def session(
@@ -40,11 +70,12 @@ def run_onnx(session: onnxruntime.InferenceSession, x: Tensor | np.ndarray | Fee
     """Run a network of one input on ``x (B, C, H, W)``, or of several on a `Feed`; all outputs in order."""
     if isinstance(x, Feed):
         return session.run(None, x.arrays)
-    array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
-    return session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(array)})
+    return session.run(None, {session.get_inputs()[0].name: as_array(x)})
 
 
 def _session(model: str | bytes, threads: int | None, name: str) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     # By default the threads keep spinning after a run, for up to a second: they would slow down whatever comes next,
@@ -56,3 +87,7 @@ def _session(model: str | bytes, threads: int | None, name: str) -> onnxruntime.
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise InputError(f"{name} cannot be loaded by ONNX Runtime: {first_line(error)}") from error
+
+
+register(OnnxRuntime())
+register(OnnxRuntimeInt8())
