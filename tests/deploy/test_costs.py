@@ -58,6 +58,11 @@ def test_a_grouped_layer_with_one_kernel_per_group_combines_nothing_and_others_d
     assert weights[1] == [8, 8 * 2, 8 * 9]
 
 
+@pytest.mark.parametrize(("target", "int8"), [("onnxruntime", False), ("onnxruntime-int8", True), ("openvino", False)])
+def test_layers_are_timed_in_the_numbers_of_the_target(target, int8):
+    assert (b"QuantizeLinear" in costs._network(SPOT, DENSE, target)) is int8
+
+
 def test_only_what_is_missing_is_measured_and_it_is_kept(tmp_path, asked):
     table = LatencyTable(folder=tmp_path)
     first = table.ratios_of({SPOT: [DENSE, gathered(16, 1, 0)]})

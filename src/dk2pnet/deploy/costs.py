@@ -24,6 +24,7 @@ from dk2pnet.deploy.emit import BLOCK, EMITTED, Branch, PlainLayer, branches_of,
 from dk2pnet.deploy.export import onnx_bytes
 from dk2pnet.deploy.latency import compare_latency, conditions, is_onnx
 from dk2pnet.deploy.quantize import quantize_onnx
+from dk2pnet.deploy.runtimes import target_named
 from dk2pnet.layer import DKConv2d
 from dk2pnet.processes import cores
 
@@ -236,7 +237,7 @@ def _network(spot: Spot, sketch: Sketch, target: str) -> bytes | nn.Module:
     if not is_onnx(target):
         return network
     content = onnx_bytes(network, torch.zeros(1, 1, *spot.size))
-    return quantize_onnx(content, [numbers(1, 1, *spot.size)]) if target == "onnxruntime-int8" else content
+    return quantize_onnx(content, [numbers(1, 1, *spot.size)]) if target_named(target).quantized else content
 
 
 def _cache() -> Path:
