@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 CRITERIA = ("weight", "response", "loss")
-TARGETS = ("onnxruntime", "onnxruntime-int8", "openvino", "pytorch", "pytorch-compile", "cuda")
 AUGMENTATIONS = ("none", "digits", "natural")
 
 _Check = Callable[[Any], bool]
@@ -202,9 +201,8 @@ class _Trained(Options):
 class DecomposeOptions(_Named, _Augmented, _Long, _Once):
     """What `compress` and `explore` share: how a network is decomposed, corrected and tuned, and on which images."""
 
-    target: str | None = one_of(
+    target: str | None = option(
         None,
-        TARGETS,
         "Where it runs and is timed: onnxruntime (the default), onnxruntime-int8, openvino, pytorch, pytorch-compile, "
         "cuda. With a budget in points, given, smallest means fastest there.",
     )
