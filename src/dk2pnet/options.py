@@ -198,9 +198,7 @@ class _Trained(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecomposeOptions(_Named, _Augmented, _Long, _Once):
-    """What `compress` and `explore` share: how a network is decomposed, corrected and tuned, and on which images."""
-
+class _Decompose(_Augmented, _Named):
     target: str | None = option(
         None,
         "Where it runs and is timed: onnxruntime (the default), onnxruntime-int8, openvino, pytorch, pytorch-compile, "
@@ -233,9 +231,7 @@ class DecomposeOptions(_Named, _Augmented, _Long, _Once):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(_Trained, DecomposeOptions):
-    """How `compress` works; see docs/options.md."""
-
+class _Compress(_Trained):
     int8: bool = option(False, "Also write model.int8.onnx, and compare it.", bool)
     pt2: bool = option(False, "Also write model.pt2 (torch.export).", bool, torch_only="which torch.export cannot take")
     epochs: int = at_least(
@@ -252,9 +248,12 @@ class CompressOptions(_Trained, DecomposeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExploreOptions(DecomposeOptions):
-    """How `explore` works; see docs/options.md."""
+class CompressOptions(_Once, _Long, _Compress, _Decompose):
+    """How `compress` works; see docs/options.md."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Explore(Options):
     budgets: Sequence[Any] = option(
         (), "macs=F, params=F, latency=F or kernels=K. Repeatable. Without: eight shares.", flag="--budget"
     )
@@ -262,9 +261,12 @@ class ExploreOptions(DecomposeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(_Trained, _Named, _Augmented, _Long, _Once):
-    """How `train` works; see docs/options.md."""
+class ExploreOptions(_Once, _Long, _Explore, _Decompose):
+    """How `explore` works; see docs/options.md."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Train(_Augmented, _Named, _Trained):
     images: int | None = option(None, "So many of the training images. Without: all.", int)
     epochs: int = at_least(1, 20, "Passes over the training images.")
     learning_rate: float = above(0, 0.1, "Highest learning rate.", flag="--lr")
@@ -280,17 +282,23 @@ class TrainOptions(_Trained, _Named, _Augmented, _Long, _Once):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(_Named, _Device):
-    """How `evaluate` works; see docs/options.md."""
+class TrainOptions(_Once, _Long, _Train):
+    """How `train` works; see docs/options.md."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Evaluate(Options):
     split: str = option("test", "Split of the data set.")
     batch_size: int | None = at_least(1, None, "Images per forward pass.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceOptions(_Data, _Long, _Device):
-    """How `reproduce` works; see docs/options.md."""
+class EvaluateOptions(_Device, _Evaluate, _Named):
+    """How `evaluate` works; see docs/options.md."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Reproduce(Options):
     student: str | None = option(None, "A network by name, such as dk2pnet-20x32 (depth x width).")
     teacher: str | None = option(None, "An OUT folder or a name with its weights; a name alone is trained first.")
     teacher_weights: str | None = option(None, "Weights of that teacher, as --weights.")
@@ -304,6 +312,11 @@ class ReproduceOptions(_Data, _Long, _Device):
     teacher_epochs: int | None = option(None, "Of a teacher that is trained first.", int)
     learning_rate: float | None = option(None, "Highest learning rate.", float, flag="--lr")
     quick: bool = option(False, "The same path in a minute or two, on small networks.", bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions(_Device, _Long, _Reproduce, _Data):
+    """How `reproduce` works; see docs/options.md."""
 
 
 # -- what a verb is given beside its options --------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_the_model_given_is_not_changed(criterion, epochs):
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     hooks = {name: list(module._forward_hooks) for name, module in model.named_modules()}
     kinds = {name: type(module) for name, module in model.named_modules()}
-    result = compress(model, "macs=0.6", criterion, X, epochs=epochs)
+    result = compress(model, X, "macs=0.6", criterion=criterion, epochs=epochs)
     assert dk_layers(result.model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -85,7 +85,7 @@ def test_the_model_given_is_not_changed(criterion, epochs):
 
 
 def test_the_student_is_in_evaluation_mode_and_has_no_hooks_of_ours():
-    student = compress(net(), "macs=0.6", "loss", X, epochs=1).model
+    student = compress(net(), X, "macs=0.6", criterion="loss", epochs=1).model
     assert not any(module.training for module in student.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
 
@@ -109,7 +109,7 @@ def test_batches_of_every_kind_give_the_same_student():
     dataset = torch.utils.data.TensorDataset(torch.cat(X), torch.cat([y for _, y in pairs]))
     again = Reread(X)
     students = [
-        compress(net(), "macs=0.6", "loss", data).model.state_dict()
+        compress(net(), data, "macs=0.6", criterion="loss").model.state_dict()
         for data in (X, pairs, again, torch.utils.data.DataLoader(dataset, 10))
     ]
     assert again.reads > 2
@@ -121,19 +121,19 @@ def test_batches_of_every_kind_give_the_same_student():
 @pytest.mark.parametrize("data", [iter(X), (x for x in X), map(torch.relu, X)])
 def test_what_can_be_read_only_once_is_refused(data):
     with pytest.raises(InputError, match=f"data is of type {type(data).__name__}.*only once"):
-        compress(net(), "macs=0.6", "loss", data)
+        compress(net(), data, "macs=0.6", criterion="loss")
 
 
 @pytest.mark.parametrize("data", [[], X[0], 3, [torch.zeros(2, 3)], ["picture.png"]])
 def test_other_data_is_refused(data):
     with pytest.raises(InputError, match="expected"):
-        compress(net(), "macs=0.6", "loss", data)
+        compress(net(), data, "macs=0.6", criterion="loss")
 
 
 def test_labelled_batches_for_the_report():
     test = images(30, labels=True, seed=5)
     model = net()
-    result = compress(model, "macs=0.6", "loss", X, test_data=test)
+    result = compress(model, X, "macs=0.6", criterion="loss", test_data=test)
     x, y = (torch.cat(parts) for parts in zip(*test, strict=True))
     with torch.no_grad():
         wanted = [100 * float((network(x).argmax(1) == y).double().mean()) for network in (model, result.model)]
@@ -143,7 +143,7 @@ def test_labelled_batches_for_the_report():
 
 
 def test_weight_needs_an_example_only():
-    result = compress(net(), "macs=0.6", "weight", example_input=ONE)
+    result = compress(net(), budget="macs=0.6", criterion="weight", example_input=ONE)
     assert dk_layers(result.model)
     assert result.model(X[0]).isfinite().all()
     assert result.metrics["student"]["agreement"] is None
@@ -153,26 +153,26 @@ def test_weight_needs_an_example_only():
 @pytest.mark.parametrize("example", [None, torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])
 def test_weight_without_a_good_example_is_refused(example):
     with pytest.raises(InputError, match="example_input"):
-        compress(net(), "macs=0.6", "weight", example_input=example)
+        compress(net(), budget="macs=0.6", criterion="weight", example_input=example)
 
 
 @pytest.mark.parametrize("options", [{"criterion": "loss"}, {"criterion": "response"}, {"epochs": 1}])
 def test_without_images_the_other_criteria_are_refused(options):
     with pytest.raises(InputError, match="needs images"):
-        compress(net(), "macs=0.6", **{"criterion": "weight", "example_input": ONE, **options})
+        compress(net(), budget="macs=0.6", **{"criterion": "weight", "example_input": ONE, **options})
 
 
 def test_images_of_the_wrong_size_or_colour_are_refused():
     grey = [x[:, :1] for x in X]
     with pytest.raises(InputError, match=r"\(1, 1, 8, 8\)"):
-        compress(net(), "macs=0.6", "loss", grey)
+        compress(net(), grey, "macs=0.6", criterion="loss")
 
 
 def test_nan_images_are_refused():
     spoilt = [x.clone() for x in X]
     spoilt[1][3, 0, 2, 2] = float("nan")
     with pytest.raises(InputError, match="not finite"):
-        compress(net(), "macs=0.6", "loss", spoilt)
+        compress(net(), spoilt, "macs=0.6", criterion="loss")
 
 
 def test_nan_activations_are_refused():
@@ -185,7 +185,7 @@ def test_nan_activations_are_refused():
     model(ONE)
     for criterion in ("loss", "response"):
         with pytest.raises(InputError, match="not finite"):
-            compress(model, "macs=0.6", criterion, X)
+            compress(model, X, "macs=0.6", criterion=criterion)
 
 
 def test_nan_weights_are_refused():
@@ -193,7 +193,7 @@ def test_nan_weights_are_refused():
     with torch.no_grad():
         model[3].weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(InputError, match="NaN or infinity in 3.weight"):
-        compress(model, "macs=0.6", "weight", example_input=ONE)
+        compress(model, budget="macs=0.6", criterion="weight", example_input=ONE)
 
 
 # -- networks that are no classifiers ----------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ class Head(nn.Module):
 def test_networks_of_other_outputs(form):
     model = Head(form).eval()
     with pytest.raises(InputError, match=r"'loss' needs a classifier.*response"):
-        compress(model, "macs=0.7", "loss", X)
-    result = compress(model, "macs=0.7", "response", X)
+        compress(model, X, "macs=0.7", criterion="loss")
+    result = compress(model, X, "macs=0.7", criterion="response")
     assert "b" in dk_layers(result.model)
     assert result.metrics["student"]["macs"] <= 0.7 * result.metrics["teacher"]["macs"]
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_networks_of_other_outputs(form):
 @pytest.mark.parametrize("budget", ["macs=0.45", "macs=0.6", "macs=0.83", "params=0.4", "params=0.55", "params=0.9"])
 def test_the_budget_is_kept_and_spent(budget, norm):
     model = net(norm=norm)
-    result = compress(model, budget, "response", X)
+    result = compress(model, X, budget, criterion="response")
     kind, value = budget.split("=")
     in_macs = kind == "macs"
     spent = macs(result.model, ONE) if in_macs else parameters(result.model)
@@ -264,7 +264,7 @@ def test_the_budget_is_kept_and_spent(budget, norm):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_same_number_of_kernels_everywhere(count):
-    result = compress(net(), f"kernels={count}", "loss", X)
+    result = compress(net(), X, f"kernels={count}", criterion="loss")
     counts = {layer.name: layer.counts for layer in result.plan.layers}
     assert counts == {"0": None, "3": [count] * 6, "6": [count] * 8}
     layers = dk_layers(result.model)
@@ -278,7 +278,7 @@ def test_grouped_convolutions_are_counted_as_planned(budget):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1, groups=4), nn.ReLU(), nn.Conv2d(16, 8, 3)
     ).eval()
-    result = compress(model, budget, "response", X, keep=["0", "4"])
+    result = compress(model, X, budget, criterion="response", keep=["0", "4"])
     assert set(dk_layers(result.model)) == {"2"}
     assert macs(result.model, ONE) == result.plan.macs < macs(model, ONE)
     assert parameters(result.model) == result.plan.parameters
@@ -286,7 +286,10 @@ def test_grouped_convolutions_are_counted_as_planned(budget):
 
 def test_more_energy_is_kept_with_a_larger_budget():
     kept = [
-        {layer.name: layer.energy_kept for layer in compress(net(), budget, "weight", example_input=ONE).plan.layers}
+        {
+            layer.name: layer.energy_kept
+            for layer in compress(net(), budget=budget, criterion="weight", example_input=ONE).plan.layers
+        }
         for budget in ("kernels=1", "kernels=2")
     ]
     for name in ("3", "6"):
@@ -296,7 +299,7 @@ def test_more_energy_is_kept_with_a_larger_budget():
 @pytest.mark.parametrize("criterion", ["loss", "response", "weight"])
 def test_the_whole_budget_leaves_every_layer_dense(criterion):
     model = net()
-    result = compress(model, "macs=1", criterion, X)
+    result = compress(model, X, "macs=1", criterion=criterion)
     assert not dk_layers(result.model)
     assert all(layer.counts is None and layer.reason for layer in result.plan.layers)
     with torch.no_grad():
@@ -308,26 +311,26 @@ def test_the_whole_budget_leaves_every_layer_dense(criterion):
 
 def test_an_unreachable_budget_says_what_is_reachable():
     with pytest.raises(InputError, match=r"macs=0\.1 cannot be reached.*gives macs=0\.\d+") as caught:
-        compress(net(), "macs=0.1", "weight", example_input=ONE)
+        compress(net(), budget="macs=0.1", criterion="weight", example_input=ONE)
     reachable = str(caught.value).partition("gives ")[2].partition(";")[0]
-    result = compress(net(), reachable, "weight", example_input=ONE)
+    result = compress(net(), budget=reachable, criterion="weight", example_input=ONE)
     assert [layer.kernels for layer in result.plan.layers] == [None, 1, 1]
     below = float(reachable.partition("=")[2]) - 0.001
     with pytest.raises(InputError, match="cannot be reached"):
-        compress(net(), f"macs={below}", "weight", example_input=ONE)
+        compress(net(), budget=f"macs={below}", criterion="weight", example_input=ONE)
 
 
 def test_keep_and_first():
-    kept = compress(net(), "macs=0.8", "loss", X, keep=["6"])
+    kept = compress(net(), X, "macs=0.8", criterion="loss", keep=["6"])
     assert set(dk_layers(kept.model)) == {"3"}
     assert torch.equal(kept.model[6].weight, net()[6].weight)
     assert next(layer.reason for layer in kept.plan.layers if layer.name == "6") == "kept by --keep 6"
-    first = compress(net(), "kernels=1", "loss", X, first=True)
+    first = compress(net(), X, "kernels=1", criterion="loss", first=True)
     assert set(dk_layers(first.model)) == {"0", "3", "6"}
     with pytest.raises(InputError, match="neck"):
-        compress(net(), "macs=0.8", "loss", X, keep=["neck"])
+        compress(net(), X, "macs=0.8", criterion="loss", keep=["neck"])
     with pytest.raises(InputError, match="no convolution that can be decomposed.*kept by --keep"):
-        compress(net(), "macs=0.8", "loss", X, keep=["*"])
+        compress(net(), X, "macs=0.8", criterion="loss", keep=["*"])
 
 
 def test_a_larger_budget_brings_the_student_closer():
@@ -335,7 +338,9 @@ def test_a_larger_budget_brings_the_student_closer():
     model, fresh = net(norm=False), [(x, None) for x in images(seed=9)]
     wanted = predict(model, fresh)
 
-    students = [compress(model, budget, "loss", X).model for budget in ("macs=0.5", "macs=0.7", "macs=0.85", "macs=1")]
+    students = [
+        compress(model, X, budget, criterion="loss").model for budget in ("macs=0.5", "macs=0.7", "macs=0.85", "macs=1")
+    ]
     distances = [divergence(wanted, predict(student, fresh)) for student in students]
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] == pytest.approx(0, abs=1e-12)
@@ -345,7 +350,7 @@ def test_a_larger_budget_brings_the_student_closer():
 @pytest.mark.parametrize("criterion", ["loss", "response"])
 def test_little_memory_changes_nothing(criterion):
     """Moments of one layer at a time, those of the others on disk."""
-    found = [compress(net(), "macs=0.6", criterion, X, memory=m, rebuild=False, tune=0) for m in (2.0, 1e-7)]
+    found = [compress(net(), X, "macs=0.6", criterion=criterion, memory=m, rebuild=False, tune=0) for m in (2.0, 1e-7)]
     assert [layer.counts for layer in found[0].plan.layers] == [layer.counts for layer in found[1].plan.layers]
     for a, b in zip(found[0].model.parameters(), found[1].model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -353,7 +358,7 @@ def test_little_memory_changes_nothing(criterion):
 
 def test_decisions_are_recorded():
     for norm, what in ((True, "batch-norm re-estimation"), (False, "bias correction")):
-        result = compress(net(norm=norm), "macs=0.6", "loss", X)
+        result = compress(net(norm=norm), X, "macs=0.6", criterion="loss")
         decisions = result.metrics["decisions"]
         assert [decision["what"] for decision in decisions] == ["layer-by-layer reconstruction", what]
         for decision in decisions:
@@ -366,7 +371,7 @@ def test_decisions_are_recorded():
 def test_seed_and_images_decide_alone():
     def student(seed):
         torch.rand(1)  # the state of the generator that all share is another each time
-        return compress(net(), "macs=0.6", "loss", X, epochs=1, seed=seed).model.state_dict()
+        return compress(net(), X, "macs=0.6", criterion="loss", epochs=1, seed=seed).model.state_dict()
 
     a, b, other = student(3), student(3), student(4)
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -374,9 +379,9 @@ def test_seed_and_images_decide_alone():
 
 
 def test_large_layers_are_solved_one_at_a_time_and_alike(monkeypatch):
-    together = compress(net(), "macs=0.6", "loss", X, tune=0, rebuild=False).model
+    together = compress(net(), X, "macs=0.6", criterion="loss", tune=0, rebuild=False).model
     monkeypatch.setattr(decomposition, "_LARGE", 0)
-    one_by_one = compress(net(), "macs=0.6", "loss", X, tune=0, rebuild=False).model
+    one_by_one = compress(net(), X, "macs=0.6", criterion="loss", tune=0, rebuild=False).model
     assert dk_layers(one_by_one).keys() == dk_layers(together).keys()
     torch.testing.assert_close(one_by_one(X[0]), together(X[0]), rtol=1e-4, atol=1e-5)
 
@@ -391,7 +396,7 @@ def test_the_reconstruction_of_large_maps_takes_fewer_images(monkeypatch, memory
 
     monkeypatch.setattr(closed_form, "reconstruct", watched)
     monkeypatch.setattr(closed_form, "_RECONSTRUCTION_IMAGES", 8)
-    compress(net(), "macs=0.6", "response", X, tune=0, memory=memory)
+    compress(net(), X, "macs=0.6", criterion="response", tune=0, memory=memory)
     assert seen == [(wanted, wanted)]
 
 
@@ -420,7 +425,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("criterion", ["loss", "response", "weight"])
 def test_a_shared_module_is_converted_once(criterion):
     model = Shared().eval()
-    result = compress(model, "macs=0.7", criterion, X)
+    result = compress(model, X, "macs=0.7", criterion=criterion)
     student = result.model
     assert isinstance(student.conv, DKConv2d)
     assert student.conv is student.again
@@ -432,7 +437,7 @@ def test_a_shared_module_is_converted_once(criterion):
 
 
 def test_tied_weights_survive_saving(tmp_path):
-    result = compress(Shared().eval(), "macs=0.7", "loss", X)
+    result = compress(Shared().eval(), X, "macs=0.7", criterion="loss")
     save_student(result.model, result.plan, tmp_path)
     student, _ = load_student(tmp_path, factory=Shared)
     assert student.conv is student.again
@@ -446,7 +451,7 @@ def test_tied_weights_survive_saving(tmp_path):
 
 
 def test_a_network_given_as_an_object_is_loaded_with_its_factory(tmp_path, no_timing):
-    result = compress(net(), "macs=0.6", "loss", X, out=tmp_path / "out")
+    result = compress(net(), X, "macs=0.6", criterion="loss", out=tmp_path / "out")
     student, plan = load_student(tmp_path / "out", factory=lambda: net(seed=7))
     assert plan == result.plan
     with torch.no_grad():
@@ -459,7 +464,7 @@ def test_a_named_network_is_loaded_by_name(tmp_path, no_timing):
     torch.manual_seed(0)
     torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
     weights = str(tmp_path / "lenet.pth")
-    result = compress("lenet", "macs=0.7", "response", X, weights=weights, out=tmp_path / "out")
+    result = compress("lenet", X, "macs=0.7", criterion="response", weights=weights, out=tmp_path / "out")
     student, plan = load_student(tmp_path / "out")
     with torch.no_grad():
         assert all(torch.equal(student(x), result.model(x)) for x in X)
@@ -472,9 +477,22 @@ def test_what_was_compressed_is_compressed_further_and_can_be_loaded(tmp_path, n
     torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
     dense = {"weights": str(tmp_path / "lenet.pth"), "first": True}
     once = compress(
-        "lenet", "kernels=2", "weight", example_input=ONE, keep=["features.3"], out=tmp_path / "one", **dense
+        "lenet",
+        budget="kernels=2",
+        criterion="weight",
+        example_input=ONE,
+        keep=["features.3"],
+        out=tmp_path / "one",
+        **dense,
     )
-    twice = compress(str(tmp_path / "one"), "kernels=1", "weight", example_input=ONE, first=True, out=tmp_path / "two")
+    twice = compress(
+        str(tmp_path / "one"),
+        budget="kernels=1",
+        criterion="weight",
+        example_input=ONE,
+        first=True,
+        out=tmp_path / "two",
+    )
     student, plan = load_student(tmp_path / "two")
     assert dk_layers(student).keys() == dk_layers(twice.model).keys() > dk_layers(once.model).keys()
     with torch.no_grad():
@@ -496,11 +514,19 @@ def test_layers_of_dominant_kernels_already_keep_their_form_and_new_ones_get_the
     torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
     options = {"example_input": ONE, "first": True}
     weights = str(tmp_path / "lenet.pth")
-    compress("lenet", "kernels=2", "weight", keep=["features.3"], weights=weights, out=tmp_path / "one", **options)
+    compress(
+        "lenet",
+        budget="kernels=2",
+        criterion="weight",
+        keep=["features.3"],
+        weights=weights,
+        out=tmp_path / "one",
+        **options,
+    )
     one = load_student(tmp_path / "one")[1]
     assert one.forms.keys() == dk_layers(load_student(tmp_path / "one")[0]).keys()
     for budget in ("kernels=1", "latency=1"):
-        twice = compress(str(tmp_path / "one"), budget, "weight", out=tmp_path / budget, **options)
+        twice = compress(str(tmp_path / "one"), budget=budget, criterion="weight", out=tmp_path / budget, **options)
         assert twice.plan.forms.keys() == dk_layers(twice.model).keys()
         assert twice.plan.forms.items() >= one.forms.items()
     assert exported == [{}, one.forms, one.forms]  # of the teachers
@@ -513,10 +539,10 @@ def test_a_frozen_network_is_tuned_all_the_same(frozen):
     if frozen == "all but the head":
         model[-1].requires_grad_(True)
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    found = compress(model, "kernels=1", "weight", X, tune=20)
+    found = compress(model, X, "kernels=1", criterion="weight", tune=20)
     assert [stage["name"] for stage in found.metrics["stages"]] == ["teacher", "closed form", "tuned"]
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
-    usual = compress(net(), "kernels=1", "weight", X, tune=20)
+    usual = compress(net(), X, "kernels=1", criterion="weight", tune=20)
     for name, layer in dk_layers(found.model).items():
         assert torch.equal(layer.kernels, dk_layers(usual.model)[name].kernels)
 
@@ -525,7 +551,7 @@ def test_random_numbers_and_threads_are_left_as_they_were():
     model = net()
     torch.manual_seed(77)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    compress(model, "kernels=1", "weight", X, tune=2, threads=1 if threads > 1 else 2)
+    compress(model, X, "kernels=1", criterion="weight", tune=2, threads=1 if threads > 1 else 2)
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -546,7 +572,7 @@ def test_convolutions_in_a_list_of_the_network_are_replaced_there_too(kind):
 
     torch.manual_seed(0)
     model = Listed()
-    result = compress(model, "kernels=1", "loss", X, tune=0)
+    result = compress(model, X, "kernels=1", criterion="loss", tune=0)
     assert result.metrics["student"]["macs"] == result.plan.macs < macs(model, ONE)
     assert isinstance(result.model.steps[1], DKConv2d)
     assert type(model.steps[1]) is nn.Conv2d
@@ -563,7 +589,7 @@ def test_a_convolution_that_is_called_past_its_place_is_named():
             return self.body[4:](self.elsewhere.conv(self.body[:3](x)))
 
     with pytest.raises(InputError, match=r"does not call 'body\.3' where it stands.*--keep body\.3"):
-        compress(Past(), "kernels=1", "loss", X, tune=0)
+        compress(Past(), X, "kernels=1", criterion="loss", tune=0)
 
 
 def test_a_network_that_looks_at_its_weights():
@@ -575,13 +601,13 @@ def test_a_network_that_looks_at_its_weights():
         def forward(self, x):
             return self.body(x.to(self.body[3].weight.dtype))
 
-    assert compress(Looks(), "kernels=1", "loss", X, tune=0).model(ONE).shape == (1, 4)
+    assert compress(Looks(), X, "kernels=1", criterion="loss", tune=0).model(ONE).shape == (1, 4)
 
 
 def test_a_network_of_chance_is_refused_before_the_work():
     model = nn.Sequential(net(), Dropped())
     with pytest.raises(InputError, match="other outputs each time for the same image"):
-        compress(model, "kernels=1", "response", X, tune=0)
+        compress(model, X, "kernels=1", criterion="response", tune=0)
 
 
 class Dropped(nn.Module):
@@ -594,36 +620,40 @@ class Dropped(nn.Module):
 def test_labels_of_one_column_count_and_others_are_refused():
     batches = images(40, labels=True)
     accuracies = [
-        compress(net(), "kernels=1", "weight", X, tune=0, test_data=[(x, shape(y)) for x, y in batches]).metrics
+        compress(
+            net(), X, "kernels=1", criterion="weight", tune=0, test_data=[(x, shape(y)) for x, y in batches]
+        ).metrics
         for shape in (lambda y: y, lambda y: y[:, None])
     ]
     assert accuracies[0]["student"]["accuracy"] == accuracies[1]["student"]["accuracy"]
     one_hot = [(x, nn.functional.one_hot(y, 4).float()) for x, y in batches]
     with pytest.raises(InputError, match=r"labels are torch\.float32 of shape \(40, 4\); expected one whole number"):
-        compress(net(), "kernels=1", "weight", X, tune=0, test_data=one_hot)
+        compress(net(), X, "kernels=1", criterion="weight", tune=0, test_data=one_hot)
 
 
 def test_targets_that_are_no_classes_are_passed_over():
     batches = [(x, [{"boxes": torch.zeros(2, 4)}] * len(x)) for x in X]
-    assert compress(net(), "kernels=1", "response", batches, tune=0).metrics["student"]["agreement"] is not None
+    assert (
+        compress(net(), batches, "kernels=1", criterion="response", tune=0).metrics["student"]["agreement"] is not None
+    )
 
 
 def test_batches_of_several_image_sizes_are_tuned_on():
     batches = [torch.randn(1, 3, 8 + 2 * (number % 3), 8) for number in range(12)]
-    compress(net(), "kernels=1", "response", batches, tune=2)
+    compress(net(), batches, "kernels=1", criterion="response", tune=2)
     with pytest.raises(InputError, match="the outputs differ in size from batch to batch"):
-        compress(net()[:4], "kernels=1", "response", batches, tune=0)
+        compress(net()[:4], batches, "kernels=1", criterion="response", tune=0)
 
 
 def test_two_holdouts_are_refused():
     with pytest.raises(InputError, match="holdout and holdout split both say"):
-        compress(net(), "disagree=5", "response", X, holdout=X, holdout_split="test[:50%]")
+        compress(net(), X, "disagree=5", criterion="response", holdout=X, holdout_split="test[:50%]")
 
 
 def test_weights_and_images_of_other_kinds_are_named():
     words = r"weights are torch\.bfloat16 and the images torch\.float32; give the network in torch\.float32"
     with pytest.raises(InputError, match=words):
-        compress(net().bfloat16(), "kernels=1", "response", X, tune=0)
+        compress(net().bfloat16(), X, "kernels=1", criterion="response", tune=0)
 
 
 def test_two_runs_do_not_share_an_out(tmp_path):
@@ -631,10 +661,10 @@ def test_two_runs_do_not_share_an_out(tmp_path):
     with folders.unfinished(out, False, {"seed": 0}) as folder:
         (folder / "step-1.safetensors").touch()
         with pytest.raises(InputError, match=r"another run is at work in .*out\.unfinished; wait until it has ended"):
-            compress(net(), "kernels=1", "weight", X, tune=2, out=out, overwrite=True)
+            compress(net(), X, "kernels=1", criterion="weight", tune=2, out=out, overwrite=True)
         assert (folder / "step-1.safetensors").exists()
     assert list(tmp_path.iterdir()) == []
-    compress(net(), "kernels=1", "weight", X, tune=2, out=out)
+    compress(net(), X, "kernels=1", criterion="weight", tune=2, out=out)
     assert list(tmp_path.iterdir()) == [out]
     with pytest.raises(InputError, match=r"out exists"), folders.unfinished(out, False, {"seed": 0}):
         pytest.fail("the work had begun")
@@ -645,7 +675,7 @@ def test_a_folder_of_somebody_else_is_not_taken_for_checkpoints(tmp_path):
     (tmp_path / "out.unfinished").mkdir()
     (tmp_path / "out.unfinished/notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"out\.unfinished, which a run needs for its checkpoints, is not dk2pnet's"):
-        compress(net(), "kernels=1", "weight", X, tune=2, out=tmp_path / "out")
+        compress(net(), X, "kernels=1", criterion="weight", tune=2, out=tmp_path / "out")
     assert (tmp_path / "out.unfinished/notes.txt").read_text() == "mine"
 
 
@@ -658,9 +688,9 @@ def test_who_cannot_have_an_extra_file_goes_on_without_it(tmp_path, monkeypatch)
 
     monkeypatch.setattr(pipeline, "write_pt2", fails)
     with pytest.raises(InputError, match="leave --pt2 away"):
-        compress(net(), "kernels=1", "weight", X, tune=2, pt2=True, out=tmp_path / "out")
+        compress(net(), X, "kernels=1", criterion="weight", tune=2, pt2=True, out=tmp_path / "out")
     monkeypatch.setattr("dk2pnet.students.closed_form.ClosedForm.solve", again)
-    compress(net(), "kernels=1", "weight", X, tune=2, out=tmp_path / "out")
+    compress(net(), X, "kernels=1", criterion="weight", tune=2, out=tmp_path / "out")
     assert (tmp_path / "out/model.onnx").is_file()
 
 
@@ -674,7 +704,7 @@ def test_a_place_that_cannot_be_written_is_noticed_first(tmp_path, out, words):
 
 def test_the_log_of_the_tuning_is_kept_with_every_kind_of_budget(tmp_path, no_timing):
     for budget in ("kernels=1", "disagree=60"):
-        compress(net(), budget, "weight", X, tune=2, out=tmp_path / budget)
+        compress(net(), X, budget, criterion="weight", tune=2, out=tmp_path / budget)
         assert (tmp_path / budget / "tuning.jsonl").read_text().count("step")
         assert any((tmp_path / budget / "tensorboard/tuning").iterdir())
 
@@ -692,7 +722,9 @@ class Maps(nn.Module):
 
 
 def test_a_program_of_several_outputs(tmp_path, no_timing):
-    found = compress(Maps().eval(), "kernels=2", "weight", example_input=ONE, pt2=True, out=tmp_path / "out")
+    found = compress(
+        Maps().eval(), budget="kernels=2", criterion="weight", example_input=ONE, pt2=True, out=tmp_path / "out"
+    )
     assert found.metrics["student"]["pt2_difference"] < 1e-5
     program = torch.export.load(tmp_path / "out/model.pt2").module()
     assert program(torch.zeros(3, 3, 8, 8))["aux"].shape == (3, 2, 4, 4)
@@ -705,13 +737,13 @@ def test_training_options_without_training_are_refused():
         ({"compile": True}, "compile"),
     ):
         with pytest.raises(InputError, match=f"{words}.* of the training with labels, and epochs is 0"):
-            compress(net(), "macs=0.7", "response", X, **given)
+            compress(net(), X, "macs=0.7", criterion="response", **given)
 
 
 def test_what_is_written_is_what_was_measured(tmp_path, no_timing):
     from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 
-    result = compress(net(), "macs=0.6", "loss", X, out=tmp_path / "out")
+    result = compress(net(), X, "macs=0.6", criterion="loss", out=tmp_path / "out")
     got = run_onnx(session(tmp_path / "out/model.onnx"), X[0])[0]
     with torch.no_grad():
         wanted = result.model(X[0])
@@ -741,7 +773,7 @@ def test_a_wrong_export_is_refused(tmp_path, no_timing, monkeypatch):
 
     monkeypatch.setattr(folders, "export_onnx", wrong)
     with pytest.raises(InputError, match=r"was exported, but .*differ"):
-        compress(net(), "macs=0.6", "weight", example_input=ONE, out=tmp_path / "out")
+        compress(net(), budget="macs=0.6", criterion="weight", example_input=ONE, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -750,7 +782,7 @@ def test_a_wrong_export_is_refused(tmp_path, no_timing, monkeypatch):
 def test_a_full_disk_leaves_nothing(tmp_path, no_timing, monkeypatch, step, existing):
     out = tmp_path / "out"
     if existing:
-        compress(net(), "kernels=1", "weight", example_input=ONE, out=out)
+        compress(net(), budget="kernels=1", criterion="weight", example_input=ONE, out=out)
     before = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def full(*_, **__):
@@ -758,7 +790,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, no_timing, monkeypatch, step, exis
 
     monkeypatch.setattr(pipeline, step, full)
     with pytest.raises(InputError, match="disk is full") as caught:
-        compress(net(), "macs=0.6", "weight", example_input=ONE, out=out, overwrite=True)
+        compress(net(), budget="macs=0.6", criterion="weight", example_input=ONE, out=out, overwrite=True)
     assert str(out) in str(caught.value)
     assert {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
@@ -812,10 +844,10 @@ def test_public_names_are_there():
 
 def test_why_a_layer_stays_dense():
     """10 outputs: one kernel per channel takes 19 of 90 numbers; 1 output: 10 of 9."""
-    result = compress(net(), "macs=1.0", "weight", example_input=ONE)
+    result = compress(net(), budget="macs=1.0", criterion="weight", example_input=ONE)
     assert {layer.reason for layer in result.plan.layers[1:]} == {"the budget leaves it dense"}
     thin = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3), nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 4))
-    result = compress(thin, "macs=1.0", "weight", example_input=ONE)
+    result = compress(thin, budget="macs=1.0", criterion="weight", example_input=ONE)
     assert result.plan.layers[1].reason == "dominant kernels would not be cheaper"
 
 
@@ -825,7 +857,9 @@ def test_a_layer_that_is_silent_takes_no_budget():
         model[1].weight.zero_()
         model[1].bias.fill_(-1.0)
     for criterion in ("response", "loss"):
-        silent, after = (layer for layer in compress(model, "macs=0.6", criterion, X, tune=0).plan.layers[1:3])
+        silent, after = (
+            layer for layer in compress(model, X, "macs=0.6", criterion=criterion, tune=0).plan.layers[1:3]
+        )
         assert silent.energy_kept in (0.0, None) or silent.kernels <= 6, criterion
 
 
@@ -839,13 +873,13 @@ def test_loss_without_gradients_is_refused():
             return self.head(self.body(x).detach())
 
     with pytest.raises(InputError, match="none come through the network.*--criterion response"):
-        compress(Probe().eval(), "macs=0.6", "loss", X, tune=0)
+        compress(Probe().eval(), X, "macs=0.6", criterion="loss", tune=0)
 
 
 def test_compiled_and_parallel_wrappers_are_taken_off():
-    plain = compress(net(), "macs=0.6", "response", X, tune=0)
+    plain = compress(net(), X, "macs=0.6", criterion="response", tune=0)
     for wrapped in (nn.DataParallel(net()), torch.compile(net(), backend="eager")):
-        found = compress(wrapped, "macs=0.6", "response", X, tune=0)
+        found = compress(wrapped, X, "macs=0.6", criterion="response", tune=0)
         assert [layer.counts for layer in found.plan.layers] == [layer.counts for layer in plain.plan.layers]
 
 

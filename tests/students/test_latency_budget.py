@@ -8,11 +8,13 @@ from torch import nn
 
 import dk2pnet
 from dk2pnet import InputError
-from dk2pnet.commands import compress as pipeline
+from dk2pnet.commands import deliver
 from dk2pnet.deploy import costs
 from dk2pnet.deploy.costs import DENSE, LatencyTable
 from dk2pnet.deploy.latency import Latency
 from dk2pnet.layer import DKConv2d
+from dk2pnet.networks.torch.convert import with_kernels
+from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.students import latency_budget as speed
 
@@ -73,13 +75,8 @@ def clock(monkeypatch):
             name: Latency(time, time, time, 1) for name, time in map(lambda n: (n, of_network(networks[n])), networks)
         }
 
-    def seen(model, example, target, forms=None):
-        return model, dict(forms or {})
-
     monkeypatch.setattr(LatencyTable, "_measure", table)
     monkeypatch.setattr(speed, "compare_latency", timed)
-    monkeypatch.setattr(speed, "deployable", seen)
-    monkeypatch.setattr(pipeline, "deployable", seen)
     return Clock
 
 
@@ -93,11 +90,10 @@ def spent(fraction, tmp_path, seed=0):
         for name, site in sites.items()
     }
     table = LatencyTable(folder=tmp_path)
-    sizes = {name: site.input_size for name, site in sites.items()}
 
     def build(counts):
-        student = dk2pnet.networks.torch.convert.with_kernels(model, counts)
-        forms = speed.choose_forms(student, sizes, table)
+        student = with_kernels(model, counts)
+        forms = speed.choose_forms(TorchNetwork(student), sites, table)
         return (student, forms), forms
 
     return speed.spend_latency(fraction, sites, energies, table, (model, {}), build, EXAMPLE)
@@ -152,14 +148,19 @@ def test_the_whole_way_with_a_latency_budget(tmp_path, monkeypatch):
     def quick(networks, example, **options):
         return dk2pnet.deploy.latency.compare_latency(networks, example, **options | {"seconds": 0.05, "rounds_min": 3})
 
-    for room in (pipeline, speed, costs):
+    for room in (deliver, speed, costs):
         monkeypatch.setattr(room, "compare_latency", quick)
     model = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
         nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
     ).eval()  # fmt: skip
     found = dk2pnet.compress(
-        model, "latency=0.6", "weight", example_input=torch.randn(1, 3, 32, 32), threads=1, out=tmp_path / "out"
+        model,
+        budget="latency=0.6",
+        criterion="weight",
+        example_input=torch.randn(1, 3, 32, 32),
+        threads=1,
+        out=tmp_path / "out",
     )
     layers = {layer["name"]: layer for layer in found.metrics["layers"]}
     assert any(layer["kind"] == "dk" for layer in layers.values())

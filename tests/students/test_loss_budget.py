@@ -3,15 +3,15 @@
 import pytest
 import torch
 from test_tuning import X, net
-from torch import nn
 
 from dk2pnet import InputError, compress, explore
 from dk2pnet.commands.explore import compress_command, default_budgets, knee
 from dk2pnet.data import ImageData, Normalization, part_of_split
-from dk2pnet.data.samples import Part, named_images
+from dk2pnet.data.samples import Part, named_samples
 from dk2pnet.estimates import estimate
 from dk2pnet.measure import accuracy, predict
-from dk2pnet.networks.open import Network
+from dk2pnet.options import ExploreOptions
+from dk2pnet.run.run import Run
 from toys import toy
 
 MORE = toy(400, 50, seed=5)
@@ -36,7 +36,7 @@ def rows(batches):
 
 
 def named(training, test, **more):
-    return named_images(training, test, Network(nn.Identity(), None, PLAIN), 50, **more)
+    return named_samples(training, test, PLAIN, 50, **more)
 
 
 def test_by_default_the_validation_tenth_decides():
@@ -92,7 +92,7 @@ def test_slices_are_those_of_datasets():
 
 
 def test_a_drop_is_decided_on_the_holdout_and_confirmed_on_the_test_images():
-    result = compress(net(), "drop=3", "loss", X, holdout=MORE, test_data=TEST, tune=10)
+    result = compress(net(), X, "drop=3", criterion="loss", holdout=MORE, test_data=TEST, tune=10)
     decided = result.metrics["decided"]
     teacher = net()
     measured = estimate("drop", predict(teacher, MORE), predict(result.model, MORE))
@@ -108,7 +108,7 @@ def test_a_drop_is_decided_on_the_holdout_and_confirmed_on_the_test_images():
 
 @pytest.mark.parametrize("budget", ["disagree=6", "error=0.1"])
 def test_without_labels_the_held_out_images_decide_and_a_fifth_confirms(budget):
-    result = compress(net(), budget, "loss", X, tune=0)
+    result = compress(net(), X, budget, criterion="loss", tune=0)
     decided = result.metrics["decided"]
     assert decided["value"] <= float(budget.partition("=")[2])
     assert decided["images"] == 25  # of 32 held-out ones
@@ -128,8 +128,8 @@ def test_a_target_given_asks_for_the_fastest(monkeypatch):
         return smallest(wanted, "macs", *rest, **more)
 
     monkeypatch.setattr(points, "smallest", see)
-    compress(net(), "error=0.3", "loss", X, tune=0)
-    compress(net(), "error=0.3", "loss", X, tune=0, target="onnxruntime")
+    compress(net(), X, "error=0.3", criterion="loss", tune=0)
+    compress(net(), X, "error=0.3", criterion="loss", tune=0, target="onnxruntime")
     assert units == ["macs", "latency"]
 
 
@@ -151,12 +151,12 @@ def test_what_cannot_be_decided_is_refused(options, words):
     if given["data"] is None:
         given["criterion"] = "weight"
     with pytest.raises(InputError, match=words):
-        compress(net(), given.pop("budget"), given.pop("criterion"), given.pop("data"), **given)
+        compress(net(), given.pop("data"), given.pop("budget"), criterion=given.pop("criterion"), **given)
 
 
 def test_a_refusal_leaves_nothing_in_the_way(tmp_path):
     with pytest.raises(InputError, match="cannot tell"):
-        compress(net(), "drop=0.05", "loss", X, holdout=MORE, tune=0, out=tmp_path / "out")
+        compress(net(), X, "drop=0.05", criterion="loss", holdout=MORE, tune=0, out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -194,17 +194,17 @@ def test_budgets_are_spread_down_to_what_can_be_reached():
 
 
 def test_the_command_of_a_point_makes_its_network():
-    options = {"model": "resnet32", "data": "my images", "criterion": "loss", "keep": ["a", "b.*"], "first": True}
-    options |= {"rebuild": True, "tune": None, "seed": 3, "points": 8, "budgets": [], "memory": 2.0}
-    assert compress_command(options, "macs=0.3") == (
+    arguments = {"model": "resnet32", "data": "my images"}
+    options = ExploreOptions(keep=["a", "b.*"], first=True, seed=3, budgets=["macs=0.5"], holdout="folder")
+    assert compress_command(arguments, options, "macs=0.3") == (
         "dk2pnet compress --model resnet32 --data 'my images' --keep a --keep 'b.*' --first --seed 3 --budget macs=0.3 "
         "--out out-macs=0.3"
     )
-    options = {"model": "resnet32", "precision": "fp32", "device": "cpu", "tune": 40}
-    assert compress_command(options, "macs=0.3") == (
-        "dk2pnet compress --model resnet32 --precision fp32 --device cpu --tune 40 --budget macs=0.3 --out out-macs=0.3"
+    options = ExploreOptions(precision="fp32", device="cpu", tune=40, rebuild=False)
+    assert compress_command({"model": "resnet32", "data": None}, options, "macs=0.3") == (
+        "dk2pnet compress --model resnet32 --no-rebuild --tune 40 --precision fp32 --device cpu --budget macs=0.3 "
+        "--out out-macs=0.3"
     )
-    assert "auto" not in compress_command(options | {"precision": "auto", "device": "auto"}, "macs=0.3")
 
 
 def test_explore_shows_what_compress_gives(no_timing):
@@ -212,18 +212,18 @@ def test_explore_shows_what_compress_gives(no_timing):
     found = explore(
         net(),
         X,
-        "loss",
+        criterion="loss",
         budgets=["macs=0.9", "macs=0.6"],
         holdout=MORE,
         tune=10,
-        progress=lambda what, done, total: gathered.append(what.startswith("moments")),
+        run=Run(lambda what, done, total: gathered.append(what.startswith("moments"))),
     )
     assert sum(gathered) == len(X)  # one pass over the images for all budgets
     assert found["measure"] == "accuracy"
     assert found["teacher"]["value"] == pytest.approx(accuracy(predict(net(), MORE)))
     assert [point["budget"] for point in found["points"]] == ["macs=0.9", "macs=0.6"]
     for point in found["points"]:
-        same = compress(net(), point["budget"], "loss", X, tune=10)
+        same = compress(net(), X, point["budget"], criterion="loss", tune=10)
         assert point["macs"] == same.plan.macs
         assert point["parameters"] == same.plan.parameters
         best = point["tuned"] or point["closed form"]
@@ -235,12 +235,12 @@ def test_explore_shows_what_compress_gives(no_timing):
 def test_what_was_refused_does_not_stand_in_the_way(tmp_path):
     """As a time that is too short for one step."""
     with pytest.raises(InputError, match="one step takes"):
-        explore(net(), X, "response", budgets=["macs=0.6"], tune="0.000001s", out=tmp_path / "out")
+        explore(net(), X, criterion="response", budgets=["macs=0.6"], tune="0.000001s", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_explore_chooses_its_budgets_and_goes_on_with_them(tmp_path, no_timing, monkeypatch):
-    whole = explore(net(), X, "response", points=3, tune=0)
+    whole = explore(net(), X, criterion="response", points=3, tune=0)
     assert whole["measure"] == "agreement with the teacher"
     shares = [float(point["budget"].partition("=")[2]) for point in whole["points"]]
     assert shares == sorted(shares, reverse=True)
@@ -254,10 +254,10 @@ def test_explore_chooses_its_budgets_and_goes_on_with_them(tmp_path, no_timing, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        explore(net(), X, "response", points=3, tune=0, out=tmp_path / "out", progress=killed)
+        explore(net(), X, criterion="response", points=3, tune=0, out=tmp_path / "out", run=Run(killed))
     assert (tmp_path / "out.unfinished/budgets.json").is_file()
     monkeypatch.setattr("dk2pnet.commands.explore.default_budgets", None)  # they are known by now
-    found = explore(net(), X, "response", points=3, tune=0, out=tmp_path / "out")
+    found = explore(net(), X, criterion="response", points=3, tune=0, out=tmp_path / "out")
     assert [point["closed form"] for point in found["points"]] == [point["closed form"] for point in whole["points"]]
     assert not (tmp_path / "out.unfinished").exists()
 

@@ -9,8 +9,9 @@ import torch
 from dk2pnet.errors import InputError, TooSmall
 from dk2pnet.measure import Predictions
 from dk2pnet.plan import Budget
-from dk2pnet.students import probes as search
-from dk2pnet.students.probes import MOST_PROBES, Found, Probe, smallest
+from dk2pnet.run.run import Run
+from dk2pnet.students.loss_budget import MOST_PROBES, Found, smallest
+from dk2pnet.students.probes import Probe
 
 N = 20000
 
@@ -19,27 +20,28 @@ class Known:
     """Students that disagree with the teacher on ``curve(budget)`` percent of the images."""
 
     def __init__(self, curve, least=0.0):
-        self.curve, self.least, self.asked, self.device = curve, least, [], torch.device("cpu")
+        self.curve, self.least, self.asked, self.run = curve, least, [], Run()
 
     def make(self, budget):
         self.asked.append(budget.value)
         if budget.value < self.least:
             raise TooSmall("cannot be reached")
         plan = SimpleNamespace(macs=budget.value, macs_dense=1.0)
-        return Probe(budget, SimpleNamespace(student=budget.value, plan=plan), None)
+        student = SimpleNamespace(predict=lambda batches, run: self.answers(budget.value))
+        return Probe(budget, SimpleNamespace(student=student, plan=plan), None)
 
 
 @pytest.fixture
-def find(monkeypatch):
+def find():
     def run(wanted, known, labels=True, n=N, unit="macs"):
         right = torch.tensor([[1.0, 0.0]]).expand(n, 2)
         y = torch.zeros(n, dtype=torch.int64) if labels else None
 
-        def predict(student, batches, device):
-            wrong = torch.arange(n) < round(n * known.curve(student) / 100)
+        def answers(budget):
+            wrong = torch.arange(n) < round(n * known.curve(budget) / 100)
             return Predictions([torch.where(wrong.unsqueeze(1), right.flip(1), right)], y)
 
-        monkeypatch.setattr(search, "predict", predict)
+        known.answers = answers
         return smallest(Budget.parse(wanted), unit, known, Predictions([right], y), ())
 
     return run

@@ -13,16 +13,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dk2pnet import InputError, compress
-from dk2pnet.data.samples import user_images
+from dk2pnet.data.samples import user_samples
 from dk2pnet.measure import Predictions, divergence, macs, predict
 from dk2pnet.networks.named import make_network
-from dk2pnet.networks.open import Network
 from dk2pnet.networks.torch.corrections import reestimate_batch_norm
+from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Budget
-from dk2pnet.students import closed_form
+from dk2pnet.run.run import Run
+from dk2pnet.students import closed_form, latency_budget
 from dk2pnet.students import tuning as tune
 from dk2pnet.students.latency_budget import Spent
-from dk2pnet.students.tuning import AUTOMATIC_MACS, tuning_of
+from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.tuning_steps import AUTOMATIC_MACS, tuning_of
 from dk2pnet.training import fit, trainer
 from toys import OPTIONS, network, run, toy
 
@@ -57,47 +59,47 @@ def counts(calibration=160, held=40):
     [("150", 150, None), (7, 7, None), ("2m", 0, 120.0), ("90s", 0, 90.0), ("0.5 h", 0, 1800.0), ("1min", 0, 60.0)],
 )
 def test_steps_and_times(text, steps, seconds):
-    asked = tuning_of(text, epochs=0, images=counts(), macs=1)
+    asked = tuning_of(text, epochs=0, samples=counts(), macs=1)
     assert (asked.steps, asked.seconds, asked.wanted) == (steps, seconds, True)
 
 
 @pytest.mark.parametrize("text", ["0", 0])
 def test_nought_is_none(text):
-    assert not tuning_of(text, epochs=0, images=counts(), macs=1).wanted
+    assert not tuning_of(text, epochs=0, samples=counts(), macs=1).wanted
 
 
 @pytest.mark.parametrize("text", ["two minutes", "-5", "0s", "1.5", "2d", ""])
 def test_anything_else_is_refused(text):
     with pytest.raises(InputError, match="a number of steps .150., a time .2m, 90s. or 0"):
-        tuning_of(text, epochs=0, images=counts(), macs=1)
+        tuning_of(text, epochs=0, samples=counts(), macs=1)
 
 
 def test_automatic_is_for_networks_up_to_resnet56_with_images_enough():
     assert macs(make_network("resnet56"), torch.zeros(1, 3, 32, 32)) == AUTOMATIC_MACS
-    assert tuning_of(None, epochs=0, images=counts(), macs=AUTOMATIC_MACS).steps == 150
+    assert tuning_of(None, epochs=0, samples=counts(), macs=AUTOMATIC_MACS).steps == 150
     assert tuning_of("auto", epochs=0, images=counts(80, 20), macs=1).steps == 150
     for off, words in (
         ({"macs": AUTOMATIC_MACS + 1}, "--tune 10m"),
-        ({"images": counts(79, 20)}, "99 calibration images"),
-        ({"images": None}, "no images"),
+        ({"samples": counts(79, 20)}, "99 calibration images"),
+        ({"samples": None}, "no images"),
     ):
-        asked = tuning_of(None, **{"epochs": 0, "images": counts(), "macs": 1} | off)
+        asked = tuning_of(None, **{"epochs": 0, "samples": counts(), "macs": 1} | off)
         assert not asked.wanted
         assert words in asked.said
         assert "--tune" in asked.said
 
 
 def test_with_epochs_automatic_is_off_and_what_is_given_is_done():
-    asked = tuning_of(None, epochs=1, images=counts(), macs=1)
+    asked = tuning_of(None, epochs=1, samples=counts(), macs=1)
     assert not asked.wanted
     assert asked.said == ""
-    assert tuning_of(20, epochs=1, images=counts(), macs=1).steps == 20
+    assert tuning_of(20, epochs=1, samples=counts(), macs=1).steps == 20
 
 
 @pytest.mark.parametrize("have", [None, counts(1, 1)])
 def test_what_was_asked_for_and_cannot_be_done_is_refused(have):
     with pytest.raises(InputError, match="--tune 150"):
-        tuning_of("150", epochs=0, images=have, macs=1)
+        tuning_of("150", epochs=0, samples=have, macs=1)
 
 
 # -- what it does ------------------------------------------------------------------------------------------------------
@@ -112,14 +114,14 @@ def names(result):
 
 
 def test_tuning_brings_the_student_closer_and_its_stage_is_there():
-    plain = compress(net(), "kernels=1", "weight", X, tune=0)
-    tuned = compress(net(), "kernels=1", "weight", X, tune=60)
+    plain = compress(net(), X, "kernels=1", criterion="weight", tune=0)
+    tuned = compress(net(), X, "kernels=1", criterion="weight", tune=60)
     assert names(plain) == ["teacher", "closed form"]
     assert names(tuned) == ["teacher", "closed form", "tuned"]
     decision = decision_of(tuned)
     assert decision["what"] == "tuning"
     assert decision["kept"]
-    teacher, held = net(), user_images(X, None, 2000).held_out
+    teacher, held = net(), user_samples(X, None, 2000).held_out
     before, after = (divergence(predict(teacher, held), predict(r.model, held)) for r in (plain, tuned))
     assert after < before
     assert decision["before"] == pytest.approx(before, rel=1e-3)
@@ -129,14 +131,14 @@ def test_tuning_brings_the_student_closer_and_its_stage_is_there():
 
 
 def test_automatic_tuning_happens():
-    assert names(compress(net(), "kernels=1", "weight", X))[-1] == "tuned"
-    few = compress(net(), "kernels=1", "loss", [x for x, _ in toy(64, 16)])
+    assert names(compress(net(), X, "kernels=1", criterion="weight"))[-1] == "tuned"
+    few = compress(net(), [x for x, _ in toy(64, 16)], "kernels=1", criterion="loss")
     assert names(few)[-1] == "closed form"
     assert "fewer than 100" in few.metrics["notes"][0]
 
 
 def test_given_with_epochs_it_comes_first():
-    found = compress(net(), "kernels=1", "weight", LABELLED, tune=5, epochs=1, learning_rate=1e-3)
+    found = compress(net(), LABELLED, "kernels=1", criterion="weight", tune=5, epochs=1, learning_rate=1e-3)
     assert names(found) == ["teacher", "closed form", "tuned", "trained"]
 
 
@@ -155,12 +157,12 @@ def spoiled(monkeypatch):
 @pytest.mark.parametrize("criterion", ["weight", "loss"])
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_makes_it_worse_is_not_kept_and_nothing_is_solved_twice(monkeypatch, tmp_path, criterion, kept):
-    plain = compress(net(), "kernels=1", criterion, X, tune=0)
+    plain = compress(net(), X, "kernels=1", criterion=criterion, tune=0)
     spoiled(monkeypatch)
     solves = []
     real = closed_form.solve_layers
     monkeypatch.setattr(closed_form, "solve_layers", lambda *args: solves.append(1) or real(*args))
-    found = compress(net(), "kernels=1", criterion, X, tune=5, out=tmp_path / "out" if kept else None)
+    found = compress(net(), X, "kernels=1", criterion=criterion, tune=5, out=tmp_path / "out" if kept else None)
     assert not decision_of(found)["kept"]
     assert len(solves) == 1
     first = torch.cat(X)
@@ -170,15 +172,14 @@ def test_what_makes_it_worse_is_not_kept_and_nothing_is_solved_twice(monkeypatch
     assert said[-len(again) :] == again
 
 
-def test_a_student_that_was_read_again_is_solved_again_where_its_tuning_is_not_kept(monkeypatch):
-    images = user_images(X, None, 2000)
-    teacher = net()
-    held = predict(teacher, images.held_out)
+def test_a_student_that_was_read_again_is_solved_again_where_its_tuning_is_not_kept():
+    work = Run()
+    teacher = Teacher.open(net(), X, CompressOptions(tune=5), work)
     found = []
-    with closed_form.ClosedForm(teacher, held, Network(teacher, None, None), images, X[0][:1], "loss") as closed:
+    with closed_form.ClosedForm(teacher, work) as closed:
         solved = closed.solve(Budget.parse("kernels=1"), whiten=True)
         for factors in (solved.factors, {}):
-            found.append(closed.without_tuning(replace(solved, factors=factors)).student.state_dict())
+            found.append(closed.without_tuning(replace(solved, factors=factors)).student.model.state_dict())
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
@@ -191,8 +192,8 @@ def test_where_tuning_is_not_kept_a_latency_is_not_searched_again(monkeypatch):
         counts = {name: torch.ones(site.module.in_channels, dtype=torch.int64) for name, site in sites.items()}
         return Spent(counts, dict.fromkeys(counts, "concat"), fraction, [{"asked": fraction, "measured": fraction}])
 
-    monkeypatch.setattr(closed_form, "spend_latency", spend)
-    found = compress(net(), "latency=0.9", "loss", X, tune=5)
+    monkeypatch.setattr(latency_budget, "spend_latency", spend)
+    found = compress(net(), X, "latency=0.9", criterion="loss", tune=5)
     assert not decision_of(found)["kept"]
     assert asked == [0.9]
     assert found.metrics["latency_search"] == [{"asked": 0.9, "measured": 0.9}]
@@ -206,7 +207,7 @@ def test_no_number_while_tuning_goes_back_to_the_closed_form(tune_for, monkeypat
 
     monkeypatch.setattr(tune, "fit", broken)
     with caplog.at_level(logging.WARNING):
-        found = compress(net(), "kernels=1", "weight", X, tune=tune_for)
+        found = compress(net(), X, "kernels=1", criterion="weight", tune=tune_for)
     assert "the closed form is kept: the loss is not finite at step 3 of 5\n" in caplog.text
     assert decision_of(found)["after"] is None
     assert not decision_of(found)["kept"]
@@ -215,16 +216,18 @@ def test_no_number_while_tuning_goes_back_to_the_closed_form(tune_for, monkeypat
 def test_images_all_alike_are_warned_of(caplog):
     same = [X[0][:1].expand(20, -1, -1, -1).contiguous()] * 6
     with caplog.at_level(logging.WARNING):
-        compress(net(), "kernels=1", "response", same, tune=2)
+        compress(net(), same, "kernels=1", criterion="response", tune=2)
     assert "all alike" in caplog.text
 
 
 def test_batches_too_small_for_statistics_freeze_batch_norm(monkeypatch):
     seen = []
     real = tune.fit
-    monkeypatch.setattr(tune, "fit", lambda m, d, options, **more: seen.append(options) or real(m, d, options, **more))
-    compress(net(), "kernels=1", "loss", [x for x, _ in toy(16, 8)], tune=2)
-    compress(net(), "kernels=1", "weight", X, tune=2)
+    monkeypatch.setattr(
+        tune, "fit", lambda m, d, options, *rest, **more: seen.append(options) or real(m, d, options, *rest, **more)
+    )
+    compress(net(), [x for x, _ in toy(16, 8)], "kernels=1", criterion="loss", tune=2)
+    compress(net(), X, "kernels=1", criterion="weight", tune=2)
     assert [options.batch_norm for options in seen] == ["frozen", "training"]
     assert seen[0].batch_size == 12
 
@@ -239,14 +242,14 @@ def test_dropout_is_off_while_tuning_and_back_afterwards(monkeypatch):
     monkeypatch.setattr(
         tune, "fit", lambda m, *rest, **more: rates.append((m[-2].p, m[-3].drop_prob)) or real(m, *rest, **more)
     )
-    student = compress(model, "kernels=1", "weight", X, tune=3).model
+    student = compress(model, X, "kernels=1", criterion="weight", tune=3).model
     assert rates == [(0.0, 0.0)]
     assert student[-2].p == 0.5
 
 
 def test_a_network_of_feature_maps_is_tuned_on_its_outputs_error():
     model = nn.Sequential(*net()[:6]).eval()
-    found = compress(model, "kernels=1", "response", X, tune=40)
+    found = compress(model, X, "kernels=1", criterion="response", tune=40)
     decision = decision_of(found)
     assert decision["measure"] == "relative squared error"
     assert decision["after"] < decision["before"]
@@ -255,7 +258,7 @@ def test_a_network_of_feature_maps_is_tuned_on_its_outputs_error():
 def test_the_model_given_is_not_changed_by_tuning():
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    compress(model, "kernels=1", "weight", X, tune=5)
+    compress(model, X, "kernels=1", criterion="weight", tune=5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -272,15 +275,15 @@ def test_every_criterion_can_be_tuned(criterion, most, monkeypatch):
         return train(*args, progress=seen, **options)
 
     monkeypatch.setattr(fit, "train", watched)
-    decision = decision_of(compress(net(), "kernels=1", criterion, X, tune=40))
+    decision = decision_of(compress(net(), X, "kernels=1", criterion=criterion, tune=40))
     assert decision["after"] < most * decision["before"]
     assert decision["after"] != decision["before"]
     assert hints[-1] < hints[0]
 
 
 def test_where_tuning_is_not_kept_the_reconstruction_is_tried():
-    found = compress(net(), "kernels=1", "loss", X, tune=40)
-    plain = compress(net(), "kernels=1", "loss", X, tune=0)
+    found = compress(net(), X, "kernels=1", criterion="loss", tune=40)
+    plain = compress(net(), X, "kernels=1", criterion="loss", tune=0)
     assert not decision_of(found)["kept"]
     assert any(each["what"].startswith("layer-by-layer") for each in found.metrics["decisions"])
     assert torch.equal(found.model(X[0]), plain.model(X[0]))
@@ -294,23 +297,27 @@ def test_where_tuning_is_not_kept_the_reconstruction_is_tried():
         (0.4, 32, None, 0.03),
         (float("inf"), 32, None, 0.03),
         (0.4, 8, None, 0.01),  # batch norm is frozen
-        (0.4, 32, replace(tune.OPTIONS, learning_rate=0.002), 0.002),
+        (0.4, 32, replace(trainer.TUNING, learning_rate=0.002), 0.002),
     ],
 )
 def test_the_rate_is_higher_where_the_start_is_far(error, batch, given, wanted):
     wide = [part for x in X for part in x.split(batch)]
-    teacher, images = net(), user_images(wide, None, 160)
-    answers = predict(teacher, images.held_out)
-    tuner = tune.Tuner(teacher, answers, images, example=X[0][:1], options=given)
-    off = Predictions([output * (1 + math.sqrt(error)) for output in answers.outputs], None)
-    assert tuner.rate_for(off) == wanted
+    work = Run()
+    teacher = Teacher.open(net(), wide, CompressOptions(tune=5, calibration_images=160), work)
+    tuner = tune.Tuner(teacher, work, given)
+    off = Predictions([output * (1 + math.sqrt(error)) for output in teacher.held.outputs], None)
+    rates = []
+    tuner._train = lambda student, solved, steps, folder, rate: rates.append(rate)
+    student = SimpleNamespace(**{"model": net(), "predict": lambda *_: off, "_student": lambda module: teacher.network})
+    tuner.tune(SimpleNamespace(student=student, decisions=[]), 1)
+    assert rates == [wanted]
 
 
 # -- times, and going on -----------------------------------------------------------------------------------------------
 
 
 def test_a_time_becomes_a_number_of_steps_that_the_recipe_tells(tmp_path, no_timing):
-    found = compress(net(), "kernels=1", "weight", X, tune="1s", out=tmp_path / "out")
+    found = compress(net(), X, "kernels=1", criterion="weight", tune="1s", out=tmp_path / "out")
     steps = found.metrics["tuning_steps"]
     assert steps >= 1
     assert f"tune: {steps}\n" in (tmp_path / "out/recipe.yaml").read_text()
@@ -323,7 +330,7 @@ def test_a_time_is_divided_by_that_of_a_step_and_a_killed_run_keeps_its_number(t
         begun.append(steps)
         for number in range(steps):
             now[0] += pace[0]
-            self.progress("tuning", number + 1, steps)
+            self.run.progress("tuning", number + 1, steps)
         if folder is not None and len(begun) == 2:
             raise KeyboardInterrupt
 
@@ -331,16 +338,16 @@ def test_a_time_is_divided_by_that_of_a_step_and_a_killed_run_keeps_its_number(t
     monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
     options = {"tune": "2s", "out": tmp_path / "out"}
     with pytest.raises(KeyboardInterrupt):
-        compress(net(), "kernels=1", "weight", X, **options)
+        compress(net(), X, "kernels=1", criterion="weight", **options)
     assert begun[-1] == 8
     pace[0] = 0.5
-    assert compress(net(), "kernels=1", "weight", X, **options).metrics["tuning_steps"] == 8
+    assert compress(net(), X, "kernels=1", criterion="weight", **options).metrics["tuning_steps"] == 8
     assert begun[2:] == [8]  # no second look at the clock
 
 
 def test_a_time_under_one_step_is_refused(monkeypatch):
     with pytest.raises(InputError, match="one step takes"):
-        compress(net(), "kernels=1", "weight", X, tune="0.000001s")
+        compress(net(), X, "kernels=1", criterion="weight", tune="0.000001s")
 
 
 @pytest.mark.parametrize("changed", ["weights", "images"])
@@ -353,22 +360,22 @@ def test_what_another_network_or_other_images_left_is_not_gone_on_with(tmp_path,
     real = tune.fit
     monkeypatch.setattr(tune, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        compress(net(), "kernels=1", "weight", X, tune=5, out=tmp_path / "out")
+        compress(net(), X, "kernels=1", criterion="weight", tune=5, out=tmp_path / "out")
     monkeypatch.setattr(tune, "fit", real)
     other = net()
     with torch.no_grad():
         other[0].weight.mul_(1 if changed == "images" else 2)
     images = [x + 1 for x in X] if changed == "images" else X
     with pytest.raises(InputError, match=f"holds an unfinished run with digest-of-{changed} .*--overwrite to drop it"):
-        compress(other, "kernels=1", "weight", images, tune=5, out=tmp_path / "out")
-    compress(other, "kernels=1", "weight", images, tune=5, out=tmp_path / "out", overwrite=True)
+        compress(other, images, "kernels=1", criterion="weight", tune=5, out=tmp_path / "out")
+    compress(other, images, "kernels=1", criterion="weight", tune=5, out=tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out.unfinished").exists()
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_loader_that_shuffles_is_warned_of(shuffle, caplog):
     images = TensorDataset(torch.cat(X))
-    user_images(DataLoader(images, batch_size=32, shuffle=shuffle), None, 100)
+    user_samples(DataLoader(images, batch_size=32, shuffle=shuffle), None, 100)
     assert ("other images in every pass" in caplog.text) == shuffle
 
 
@@ -377,14 +384,14 @@ def test_batch_norm_is_frozen_where_the_users_batches_are_small(monkeypatch):
     seen = []
     real = tune.fit
 
-    def watched(model, data, options, **more):
+    def watched(model, data, options, run, **more):
         seen.append(options.batch_norm)
-        return real(model, data, options, **more)
+        return real(model, data, options, run, **more)
 
     monkeypatch.setattr(tune, "fit", watched)
     for size in (1, 32):
-        compress(net(), "kernels=1", "weight", [part for x in X for part in x.split(size)], tune=2)
-    assert seen == ["frozen", tune.OPTIONS.batch_norm]
+        compress(net(), [part for x in X for part in x.split(size)], "kernels=1", criterion="weight", tune=2)
+    assert seen == ["frozen", trainer.TUNING.batch_norm]
 
 
 def test_a_killed_tuning_goes_on_with_the_same_bits(tmp_path, no_timing, monkeypatch):
@@ -394,25 +401,25 @@ def test_a_killed_tuning_goes_on_with_the_same_bits(tmp_path, no_timing, monkeyp
     def watch(what, *_):
         solved.extend([what] * what.startswith("solving"))
 
-    whole = compress(net(), "kernels=1", "weight", X, **options, out=tmp_path / "whole", progress=watch)
+    whole = compress(net(), X, "kernels=1", criterion="weight", **options, out=tmp_path / "whole", run=Run(watch))
     assert solved
     real = tune.fit
 
-    def killed(*args, progress, **more):
+    def killed(model, source, options, run, **more):
         def stop(what, done, total):
-            progress(what, done, total)
+            run.progress(what, done, total)
             if done == 11:
                 raise KeyboardInterrupt
 
-        return real(*args, progress=stop, **more)
+        return real(model, source, options, replace(run, progress=stop), **more)
 
     monkeypatch.setattr(tune, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
-        compress(net(), "kernels=1", "weight", X, **options, out=tmp_path / "cut")
+        compress(net(), X, "kernels=1", criterion="weight", **options, out=tmp_path / "cut")
     assert any((tmp_path / "cut.unfinished").rglob("step-*.safetensors"))
     monkeypatch.setattr(tune, "fit", real)
     solved.clear()
-    again = compress(net(), "kernels=1", "weight", X, **options, out=tmp_path / "cut", progress=watch)
+    again = compress(net(), X, "kernels=1", criterion="weight", **options, out=tmp_path / "cut", run=Run(watch))
     assert not solved  # the closed form is not made again
     assert all(torch.equal(value, again.model.state_dict()[n]) for n, value in whole.model.state_dict().items())
     assert (tmp_path / "cut/tuning.jsonl").exists()

@@ -17,7 +17,7 @@ from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Site
 from dk2pnet.networks.open import is_onnx_file, open_with_data, warn_of_other_classes
-from dk2pnet.options import CompressOptions, DecomposeOptions
+from dk2pnet.options import CompressOptions, ExploreOptions
 from dk2pnet.run.run import Run
 from dk2pnet.students.tuning_steps import Tuning, tuning_of
 from dk2pnet.training.checkpoint import digest_of
@@ -42,11 +42,15 @@ class Teacher:
     tuning: Tuning
     learner: Learner | None
     named: str | None
-    options: DecomposeOptions
+    options: CompressOptions | ExploreOptions
 
     @classmethod
     def open(
-        cls, model: str | nn.Module, data: str | Iterable[Any] | None, options: DecomposeOptions, run: Run
+        cls,
+        model: str | nn.Module,
+        data: str | Iterable[Any] | None,
+        options: CompressOptions | ExploreOptions,
+        run: Run,
     ) -> Teacher:
         """Open everything, and refuse what cannot be before any work is done."""
         epochs = options.epochs if isinstance(options, CompressOptions) else 0
@@ -109,7 +113,7 @@ def tensors_of(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _running(
-    model: str | nn.Module, data: Any, options: DecomposeOptions, run: Run
+    model: str | nn.Module, data: Any, options: CompressOptions | ExploreOptions, run: Run
 ) -> tuple[Network, Samples | None, ImageData | None]:
     """The network proven to run on the first of its samples, these, and the training split of a data set."""
     if options.holdout is not None and options.holdout_split is not None:
@@ -151,7 +155,9 @@ def _running(
     return network, samples, training
 
 
-def _samples(network: Network, training: ImageData | None, data: Any, options: DecomposeOptions) -> Samples | None:
+def _samples(
+    network: Network, training: ImageData | None, data: Any, options: CompressOptions | ExploreOptions
+) -> Samples | None:
     count, dir_ = options.calibration_images, options.data_dir
     holdout, calibration = options.holdout, options.calibration_data
     if training is not None:
