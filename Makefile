@@ -21,6 +21,7 @@ test: $(READY) lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The quick ones. Those that need a checkpoint and CIFAR-10, other people's packages or hours: see docs/results.md.
 benchmarks: $(READY)
@@ -36,4 +37,4 @@ tables: $(READY)
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

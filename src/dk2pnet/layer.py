@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dk2pnet.decompose.solve import Factors, solve
 from dk2pnet.errors import InputError
 
-__all__ = ["FORMS", "DKConv2d", "set_form"]
+__all__ = ["FORMS", "DKConv2d", "arguments_of", "set_form"]
 
 FORMS = ("folded", "branches", "concat")
 
@@ -85,7 +85,7 @@ class DKConv2d(nn.Module):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         counts: int | Sequence[int] = 1,
         form: str = "branches",
         device: torch.device | str | None = None,
@@ -187,15 +187,8 @@ class DKConv2d(nn.Module):
     def like(cls, conv: nn.Conv2d, counts: int | Sequence[int], form: str = "branches") -> DKConv2d:
         """An untrained layer with the geometry, dtype, device and modes of `conv`."""
         layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
+            **arguments_of(conv),
+            bias=conv.bias is not None,
             counts=counts,
             form=form,
             device=conv.weight.device,
@@ -246,15 +239,8 @@ class DKConv2d(nn.Module):
     def to_dense(self) -> nn.Conv2d:
         """The plain `torch.nn.Conv2d` with the folded weight."""
         conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
+            **arguments_of(self),
+            bias=self.bias is not None,
             device=self.kernels.device,
             dtype=self.kernels.dtype,
         )
@@ -289,7 +275,9 @@ class DKConv2d(nn.Module):
         """Feature extraction of one branch: a depthwise convolution without a multiplier."""
         start, stop, full = self._branches[number]
         if not full:
-            x = x.index_select(1, self._buffers[f"_gather_{number}"])  # type: ignore[arg-type]
+            channels = self._buffers[f"_gather_{number}"]
+            assert channels is not None
+            x = x.index_select(1, channels)
         kernels = self.kernels[start:stop]
         return F.conv2d(x, kernels, None, self.stride, padding, self.dilation, stop - start)
 
@@ -327,7 +315,12 @@ class DKConv2d(nn.Module):
         """Take the number of kernels and their sources from the state, so that it loads without knowing the counts."""
         kernels, combination, source = (state_dict.get(prefix + name) for name in ("kernels", "combination", "source"))
         problem = None
-        if all(isinstance(part, Tensor) for part in (kernels, combination, source)) and not source.is_meta:
+        if (
+            isinstance(kernels, Tensor)
+            and isinstance(combination, Tensor)
+            and isinstance(source, Tensor)
+            and not source.is_meta
+        ):
             sources = source.flatten().tolist()
             problem = _problem_of(sources, self.in_channels, self.groups)
             count = len(sources)
@@ -359,6 +352,12 @@ class DKConv2d(nn.Module):
         return f"{text}, kernels={len(self.source)} in branches {branches}, form={self._form}"
 
 
+def arguments_of(conv: nn.Conv2d | DKConv2d) -> dict[str, Any]:
+    """What makes another convolution of the same geometry: all arguments but bias, device and dtype."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names}
+
+
 def set_form(model: nn.Module, form: str) -> None:
     """Choose the exact form of every DK layer in `model` (see `FORMS`)."""
     for module in model.modules():
@@ -368,7 +367,7 @@ def set_form(model: nn.Module, form: str) -> None:
 
 def _sources(counts: int | Iterable[int], channels: int, groups: int) -> list[int]:
     """Counts per channel -> input channel of every kernel, sorted by branch."""
-    per_channel = [int(counts)] * channels if isinstance(counts, Integral) else [int(count) for count in counts]
+    per_channel = [int(counts)] * channels if isinstance(counts, int | Integral) else [int(count) for count in counts]
     if len(per_channel) != channels:
         raise InputError(f"counts has {len(per_channel)} numbers; expected one, or {channels}: one per input channel")
     if min(per_channel) < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def macs(model: nn.Module, example: Tensor) -> int:
 def _plain_kernels(model: nn.Module) -> Iterator[None]:
     """Attention and recurrent layers as the products that they consist of: the counter does not see into fused ones."""
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    libraries = (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ()
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ()
     enabled = [library.enabled for library in libraries]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:

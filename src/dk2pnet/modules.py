@@ -47,7 +47,7 @@ def replace_modules(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> 
     """
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in layers:
+            if child is not None and child in layers:
                 setattr(parent, name, layers[child])
         for name, value in list(vars(parent).items()):
             if name not in _OWN and isinstance(value, list | tuple | dict):

@@ -254,7 +254,7 @@ class ImageData:
         self._tensor = images if isinstance(images, Tensor) else None
         self._length = len(images.rows) if isinstance(images, Rows) else len(images)
         self.channels = images.channels if isinstance(images, Rows) else images.shape[1]
-        self.size: tuple[int, int] = images.size if isinstance(images, Rows) else tuple(images.shape[2:])  # type: ignore
+        self.size = images.size if isinstance(images, Rows) else (images.shape[2], images.shape[3])
         if self.labels is not None and self.labels.shape != (self._length,):
             raise InputError(
                 f"data set {name!r} has {self._length} images and {self.labels.numel()} labels; expected as many"
@@ -278,6 +278,13 @@ class ImageData:
         if self.in_memory:
             self._tensor = images
         return images
+
+    @property
+    def _held(self) -> Tensor | Rows:
+        if self._tensor is not None:
+            return self._tensor
+        assert self._rows is not None
+        return self._rows
 
     def subset(self, indices: Tensor | Sequence[int]) -> ImageData:
         """The images with these numbers, in this order; decodes nothing."""
@@ -303,12 +310,11 @@ class ImageData:
                 f"{', '.join(other.classes[:4])}, ...; expected the same"
             )
         numbers = torch.tensor([other.classes.index(each) for each in self.classes])
-        images: Any = self._rows if self._tensor is None else self._tensor
-        return ImageData(self.name, images, numbers[self.labels], other.classes)
+        return ImageData(self.name, self._held, numbers[self.labels], other.classes)
 
     def without_labels(self) -> ImageData:
         """The same images, labels and classes forgotten."""
-        return ImageData(self.name, self._rows if self._tensor is None else self._tensor)  # type: ignore[arg-type]
+        return ImageData(self.name, self._held)
 
     def batches(
         self,
@@ -380,7 +386,7 @@ class Batches:
         count, labels = len(self.data), self.data.labels
         generator = generator_for(self.seed, self.epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        parts = order.split(self.batch_size) if count else ()
+        parts: tuple[Tensor, ...] = order.split(self.batch_size) if count else ()
         if self.whole and len(parts) > 1 and len(parts[-1]) < self.batch_size:
             parts = parts[:-1]
         # A seed for each batch, so that any of them can be made without those before it.
@@ -403,9 +409,10 @@ class Batches:
             yield x
 
     def _from_workers(self, tasks: Sequence[tuple[Tensor, str, float, int]]) -> Iterator[Tensor]:
-        loader = torch.utils.data.DataLoader(
-            self.data._rows,  # type: ignore[arg-type]
-            sampler=tasks,  # type: ignore[arg-type]
+        rows: Any = self.data._rows  # a data set by what it does: the loader asks it for each of the tasks
+        loader: torch.utils.data.DataLoader[Tensor | InputError] = torch.utils.data.DataLoader(
+            rows,
+            sampler=tasks,
             batch_size=None,
             num_workers=min(self.workers, len(tasks)),
             generator=generator_for(self.seed, self.epoch),  # else the loader draws from the global one

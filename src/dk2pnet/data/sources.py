@@ -172,14 +172,17 @@ def _parquet_splits(folder: Path, config: str | None) -> dict[str, Callable[[], 
         below = [child for child in below if child.name in ("data", config)]
     for place in (folder, *below):
         shards: dict[str, list[Path]] = {}
+        totals: dict[str, int] = {}
         for path in sorted(place.glob("*.parquet")):
             match = _SHARD.fullmatch(path.name)
             if match:
                 shards.setdefault(match["split"], []).append(path)
+                totals.setdefault(match["split"], int(match["total"]))
         for split, paths in shards.items():
-            total = int(_SHARD.fullmatch(paths[0].name)["total"])  # type: ignore[index]
-            if len(paths) != total:
-                raise InputError(f"{place} has {len(paths)} of {total} shards of split {split!r}; fetch those missing")
+            if len(paths) != totals[split]:
+                raise InputError(
+                    f"{place} has {len(paths)} of {totals[split]} shards of split {split!r}; fetch those missing"
+                )
         if shards:
             return {split: partial(_open_parquet, place, split, paths) for split, paths in shards.items()}
     return {}

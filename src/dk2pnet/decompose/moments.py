@@ -65,12 +65,14 @@ class Moments:
         self.images += images
 
     def __add__(self, other: Moments) -> Moments:
-        both = self.output_sum is not None and other.output_sum is not None
+        output_sum = None
+        if self.output_sum is not None and other.output_sum is not None:
+            output_sum = self.output_sum + other.output_sum
         return Moments(
             self.input_sum + other.input_sum,
             self.mean_sum + other.mean_sum,
             self.positions + other.positions,
-            self.output_sum + other.output_sum if both else None,  # type: ignore[operator]
+            output_sum,
             self.images + other.images,
         )
 

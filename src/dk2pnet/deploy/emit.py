@@ -237,8 +237,9 @@ class PlainLayer(nn.Module):
 def _conv(
     weight: Tensor, bias: Tensor | None, groups: int, stride: Any = 1, padding: Any = 0, dilation: Any = 1
 ) -> nn.Conv2d:
-    outputs, inputs, *size = weight.shape
-    conv = nn.Conv2d(inputs * groups, outputs, size, stride, padding, dilation, groups, bias is not None)  # type: ignore[arg-type]
+    outputs, inputs, height, width = weight.shape
+    size = (height, width)
+    conv = nn.Conv2d(inputs * groups, outputs, size, stride, padding, dilation, groups, bias is not None)
     conv.weight = nn.Parameter(weight.clone())
     conv.bias = None if bias is None else nn.Parameter(bias.detach().cpu().clone())
     return conv

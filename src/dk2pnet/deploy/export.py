@@ -259,7 +259,7 @@ def _torchscript(net: nn.Module, x: Tensor, input_name: str, output_names: list[
     torch.onnx.export(
         net,
         (x,),
-        file,  # type: ignore[arg-type]
+        file,  # type: ignore[arg-type]  # the stub knows only paths, this exporter files too
         input_names=[input_name],
         output_names=output_names,
         dynamic_axes={name: {0: "batch"} for name in (input_name, *output_names)},

@@ -58,7 +58,9 @@ class _Fold:
         for number, conv in enumerate(convolutions):
             weight = numpy_helper.to_array(self.weights[conv.input[1]])
             conv.input[1] = self._add(f"{conv.input[1]}_folded", (weight * scale.reshape(-1, 1, 1, 1)), weight.dtype)
-            bias = numpy_helper.to_array(self.weights[conv.input[2]]) * scale if len(conv.input) == 3 else 0.0
+            bias = np.zeros_like(shift)
+            if len(conv.input) == 3:
+                bias = numpy_helper.to_array(self.weights[conv.input[2]]) * scale
             if number == 0:
                 bias = bias + shift
             if len(conv.input) == 3:

@@ -38,7 +38,8 @@ def dk2pnet(depth: int, width: int, in_channels: int = 3, num_classes: int = 10)
     network = CifarResNet(depth, in_channels, num_classes, width)
     for stage in (network.layer1, network.layer2, network.layer3):
         for block in stage:
-            block.conv1, block.conv2 = DKConv2d.like(block.conv1, 1), DKConv2d.like(block.conv2, 1)
+            for name in ("conv1", "conv2"):
+                setattr(block, name, DKConv2d.like(getattr(block, name), 1))
     return network
 
 

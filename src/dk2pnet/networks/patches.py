@@ -88,10 +88,11 @@ def _padding(conv: nn.Conv2d) -> list[int]:
     """What `conv` pads its input with, for `F.pad`; by its present attributes, which may have been changed."""
     if conv.padding_mode != "zeros":  # then PyTorch too pads by what it worked out when the layer was made
         return conv._reversed_padding_repeated_twice
-    if conv.padding == "same":
+    padding = conv.padding
+    if padding == "same":
         totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-    sides = (0, 0) if conv.padding == "valid" else conv.padding
+    sides = (0, 0) if isinstance(padding, str) else padding
     return [int(side) for side in reversed(sides) for _ in range(2)]
 
 

@@ -25,7 +25,9 @@ def curve_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
     The interval is that of the last figure; the knee is marked.
     """
     teacher = metrics["teacher"]
-    rows = [("teacher", "1.00", "1.00", "1.00", _figure(metrics, teacher["value"]), DASH, DASH, "")]
+    rows: list[tuple[str, ...]] = [
+        ("teacher", "1.00", "1.00", "1.00", _figure(metrics, teacher["value"]), DASH, DASH, "")
+    ]
     for point in metrics["points"]:
         best = point["tuned"] or point["closed form"]
         loss = best["loss"]

@@ -25,7 +25,7 @@ from dk2pnet.report.tables import (
     decided_sentence,
     format_count,
     int8_rows,
-    is_missing,
+    is_measured,
     layer_rows,
     numeric_columns,
     percent,
@@ -36,7 +36,7 @@ __all__ = ["DENSE", "INK", "STUDENT", "STYLE", "facts_of", "svg_of", "write_page
 
 DENSE, STUDENT = "#b4c4d4", "#2a6fb0"  # both stand out on white and on black paper
 INK = "#010203"  # Matplotlib knows no CSS: this stand-in becomes currentColor, so that text follows the page's colour
-STYLE = {"svg.hashsalt": "dk2pnet", "svg.fonttype": "none", "font.size": 9.0, "text.color": INK}
+STYLE: dict[Any, Any] = {"svg.hashsalt": "dk2pnet", "svg.fonttype": "none", "font.size": 9.0, "text.color": INK}
 STYLE |= {f"{axis}tick.{what}": INK for axis in "xy" for what in ("color", "labelcolor")}
 _LAYERS_PER_CHART = 40  # a chart of so many bars fits on one printed page
 
@@ -119,31 +119,30 @@ def _summary(metrics: Mapping[str, Any]) -> str:
             said.append(phrase.format(what))
     costs = ", ".join(said[:-1]) + " and " * (len(said) > 1) + said[-1] if said else "costs as much to run"
     before, after = teacher.get("accuracy"), student.get("accuracy")
-    if is_missing(before) or is_missing(after):
-        accuracy = "What that does to its accuracy was not measured."
-    else:
+    accuracy = "What that does to its accuracy was not measured."
+    if is_measured(before) and is_measured(after):
         points = round(after - before, 2)
         moved = f"{abs(points):.2f} points {'more' if points > 0 else 'less'} accurate" if points else "as accurate"
         accuracy = f"It is {moved} ({percent(before)} before, {percent(after)} after)."
     text = f"Compared with the teacher, the student {costs}. {accuracy}"
-    if not is_missing(student.get("relative_error")):
+    if is_measured(student.get("relative_error")):
         text += (
             f" On the held-out inputs its outputs differ from the teacher's by {percent(student['relative_error'])} "
             "(root mean square, relative)."
         )
-    if not is_missing(student.get("agreement")):
+    if is_measured(student.get("agreement")):
         text += f" It gives the teacher's answer on {percent(student['agreement'])} of the held-out images."
     return text
 
 
 def _number(value: float | None) -> str:
-    if is_missing(value):
+    if not is_measured(value):
         return DASH
     return format_count(value) if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _energy(value: float | None) -> str:
-    return DASH if is_missing(value) else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %" if is_measured(value) else DASH
 
 
 def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:

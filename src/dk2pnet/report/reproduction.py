@@ -72,7 +72,8 @@ def reproduction_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
     The last column has a dash below two seeds that both methods have.
     """
-    settings, rows = results["settings"], []
+    settings = results["settings"]
+    rows: list[tuple[str, ...]] = []
     if results["teacher"]:
         figures = results["teacher"]
         rows.append((f"teacher ({settings['teacher']})", "labels", *_sizes(figures), DASH, *_accuracy(figures), DASH))
@@ -151,13 +152,13 @@ def reproduction_figure(several: Sequence[Mapping[str, Any]]) -> Figure:
             teacher, by_method = results["teacher"], {row["method"]: row for row in results["rows"]}
             if teacher and teacher["accuracy"] is not None:
                 axes.plot(teacher["parameters"], teacher["accuracy"], "D", color=_TEACHER, label="our teacher")
-            shown = [name for name in _SHOWN if name in by_method]
-            for name in shown:
+            methods = [name for name in _SHOWN if name in by_method]
+            for name in methods:
                 where = (results["student"]["parameters"], by_method[name]["accuracy"])
                 label = f"DK²PNet, {_NAMES[name]}"
                 axes.errorbar(*where, yerr=by_method[name]["spread"], fmt="o", color=_SHOWN[name], label=label)
-            if len(found) > 1 and shown:
-                beside = (results["student"]["parameters"], max(by_method[name]["accuracy"] for name in shown))
+            if len(found) > 1 and methods:
+                beside = (results["student"]["parameters"], max(by_method[name]["accuracy"] for name in methods))
                 text = f"{results['settings']['epochs']} epochs"
                 axes.annotate(text, beside, (-6, -2), textcoords="offset points", ha="right", fontsize=7)
                 axes.margins(x=0.3)  # room for it: students are the smallest

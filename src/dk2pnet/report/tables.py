@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +19,7 @@ __all__ = [
     "decided_sentence",
     "format_count",
     "int8_rows",
-    "is_missing",
+    "is_measured",
     "layer_rows",
     "markdown_table",
     "numeric_columns",
@@ -31,19 +31,19 @@ __all__ = [
 DASH = "–"
 
 
-def is_missing(value: float | None) -> bool:
-    """Whether a figure was not measured (a figure that is not finite was not measured either)."""
-    return value is None or not math.isfinite(value)
+def is_measured(value: float | None) -> TypeGuard[float]:
+    """Whether there is a figure (one that is not finite was not measured either)."""
+    return value is not None and math.isfinite(value)
 
 
 def format_count(n: float | None) -> str:
     """``464154 -> '464,154'``, ``69_120_000 -> '69.1 M'``: exact below a million, then three significant digits."""
-    return DASH if is_missing(n) else _scaled(n, "", 1e6, {"M": 1e6, "G": 1e9, "T": 1e12})
+    return _scaled(n, "", 1e6, {"M": 1e6, "G": 1e9, "T": 1e12}) if is_measured(n) else DASH
 
 
 def percent(value: float | None) -> str:
     """``92.63 -> '92.63 %'``."""
-    return DASH if is_missing(value) else f"{value:.2f} %"
+    return f"{value:.2f} %" if is_measured(value) else DASH
 
 
 def _bytes(value: float) -> str:
@@ -82,7 +82,7 @@ _WORDS = {key: words for key, _, _, words in _MEASURES}
 
 def change(key: str, teacher: float | None, student: float | None) -> str:
     """What happened to one figure: ``'-1.13 points'``, ``'3.9x fewer'``, ``'same'``, or a dash."""
-    if is_missing(teacher) or is_missing(student):
+    if not (is_measured(teacher) and is_measured(student)):
         return DASH
     less, more = _WORDS[key]
     if not less:
@@ -107,8 +107,8 @@ def comparison_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str
     rows = []
     for key, name, write, _ in _MEASURES:
         pair = [metrics[who].get(key) for who in ("teacher", "student")]
-        if not all(map(is_missing, pair)):
-            teacher, student = (DASH if is_missing(value) else write(value) for value in pair)
+        if any(map(is_measured, pair)):
+            teacher, student = (write(value) if is_measured(value) else DASH for value in pair)
             rows.append((name, teacher, student, change(key, *pair)))
     return rows
 

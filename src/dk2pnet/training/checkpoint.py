@@ -97,7 +97,7 @@ class Checkpoints:
         """The state in the newest good checkpoint, or None. A damaged one is named in a warning and passed over."""
         for path in self._paths():
             data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest()[:16] != _NAME.fullmatch(path.name)[2]:  # type: ignore[index]
+            if hashlib.sha256(data).hexdigest()[:16] != path.stem.rpartition("-")[2]:
                 _log.warning("checkpoint %s is damaged (its SHA-256 differs): not used, the one before it is", path)
                 with suppress(OSError):  # out of the way of new ones; another process may have done it
                     os.replace(path, path.with_suffix(".damaged"))
@@ -135,7 +135,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     for name, value in tensors.items():
         digest.update(name.encode())
         if isinstance(value, Tensor) and not value.is_quantized:
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         else:  # extra state of a module of the network's own
             digest.update(repr(value).encode())
     return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -172,14 +172,14 @@ def capture(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[str, Tensor]
         yield maps
 
 
-def _take_output(maps: dict[str, Tensor], key: str):  # noqa: ANN202
+def _take_output(maps: dict[str, Tensor], key: str) -> Callable[[nn.Module, tuple, Tensor], None]:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
         maps[key] = output.clone()  # what comes next may work in place
 
     return hook
 
 
-def _take_input(maps: dict[str, Tensor], key: str):  # noqa: ANN202
+def _take_input(maps: dict[str, Tensor], key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         maps[key] = args[0].clone()  # the activation may work in place
 
@@ -198,9 +198,11 @@ def _stage_ends(model: nn.Module, example: Tensor, kinds: type | tuple[type, ...
             def hook(module: nn.Module, args: tuple, output: object, name: str = name) -> None:
                 nonlocal calls
                 calls += 1
-                is_map = isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1
+                size = None
+                if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
+                    size = (output.shape[2], output.shape[3])
                 if isinstance(module, kinds):
-                    final[name] = ((output.shape[2], output.shape[3]) if is_map else None, calls)
+                    final[name] = (size, calls)
 
             stack.callback(module.register_forward_hook(hook).remove)
         with evaluation(model):

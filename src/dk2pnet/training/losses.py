@@ -102,14 +102,18 @@ def attention(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     Any two C; the temperature is not used. Source: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR
     2017, section 3.1; the mean over images and positions is that of their program.
     """
-    maps = (F.normalize(part.square().mean(1).flatten(1)) for part in _same_size(student, teacher))
-    return F.mse_loss(*maps)
+    student, teacher = (F.normalize(part.square().mean(1).flatten(1)) for part in _same_size(student, teacher))
+    return F.mse_loss(student, teacher)
 
 
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    student, teacher = student.float(), teacher.float()
-    size = tuple(min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
-    return tuple(part if part.shape[2:] == size else F.adaptive_avg_pool2d(part, size) for part in (student, teacher))  # type: ignore[return-value]
+    height, width = (min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
+    size = (height, width)
+    student, teacher = (
+        part if part.shape[2:] == size else F.adaptive_avg_pool2d(part, size)
+        for part in (student.float(), teacher.float())
+    )
+    return student, teacher
 
 
 # -- methods ------------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ def _regressor(method: Method, channels: int, wanted: int, classes: int) -> nn.M
     convolution = nn.Conv2d(channels, wanted, 1)
     if channels == wanted:
         nn.init.dirac_(convolution.weight)
-        nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
     return convolution
 
 

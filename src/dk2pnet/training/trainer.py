@@ -24,10 +24,10 @@ from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, la
 from dk2pnet.processes import is_alone
 from dk2pnet.run.seed import random_state, set_random_state
 from dk2pnet.training.checkpoint import Checkpoints, digest_of
-from dk2pnet.training.hints import find_pairs, parse_hints
+from dk2pnet.training.hints import HintPair, Tap, find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
 from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, labels, method_named
-from dk2pnet.training.teaching import WithMaps, fit_probes, guided, hinting, taps_of
+from dk2pnet.training.teaching import fit_probes, guided, hinting, taps_of
 from dk2pnet.training.whitened import whitened
 
 __all__ = [
@@ -50,6 +50,7 @@ _CLIP = 5.0  # largest norm of all gradients together
 _log = logging.getLogger(__name__)
 
 _Batch = tuple[Tensor, Tensor | None]
+_Shown = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]  # what a `WithMaps` does, compiled or not
 
 
 class NotFinite(InputError):
@@ -228,7 +229,9 @@ def train(
             layout = stack.enter_context(_fast_layout(example, [model] if teacher is None else [model, teacher]))
         stack.enter_context(whitened(model, whitenings or {}))
         teaching = None
-        pairs, taps, hints, classes = [], [], [], 0
+        taps: list[tuple[Tap, int]] = []
+        hints: list[tuple[Tap, int]] = []
+        classes = 0
         if teacher is not None:
             if method.hint is not None:
                 pairs = _pairs(model, teacher, method, options, example)
@@ -243,17 +246,18 @@ def train(
         if method.regress == "probe" and teaching is not None:
             channels = [count for _, count in hints]
             fit_probes(teaching, channels, classes, () if state else _moved(epoch_of(0), device, layout))
-        if state is not None:
+        if checkpoints is not None and state is not None:
             step, sums = state["step"], state["sums"]
             student.load_state_dict(state["student"])
             _load_optimizer(optimizer, state["optimizer"])
             if teaching is not None:
                 teaching.heads.load_state_dict(state["probes"])
-            _log.info("going on from %s, step %d of %d", checkpoints.last, step, total)  # type: ignore[union-attr]
+            _log.info("going on from %s, step %d of %d", checkpoints.last, step, total)
         forward, optimizer = accelerator.prepare(student, optimizer)
+        teach: _Shown | None = teaching
         if options.compile:
             forward = torch.compile(forward)
-            teaching = torch.compile(teaching) if teaching is not None else None
+            teach = torch.compile(teach) if teach is not None else None
         log = TrainingLog(folder if accelerator.is_main_process else None, step)
         stack.callback(log.close)
 
@@ -282,7 +286,7 @@ def train(
                 x, y = x.to(device, memory_format=layout), None if y is None else y.to(device)
                 stage = next(each for each in stages if step < each.stop)
                 with half, _one_image():
-                    terms, loss = _loss(forward, teaching, x, y, stage, method, options, step / total, classifies)
+                    terms, loss = _loss(forward, teach, x, y, stage, method, options, step / total, classifies)
                 names = ["loss", *terms]
                 values = dict(zip(names, torch.stack([loss, *terms.values()]).detach().tolist(), strict=True))
                 if not math.isfinite(values["loss"]):
@@ -414,7 +418,9 @@ def _method(options: TrainingOptions, teacher: nn.Module | None) -> tuple[str, M
 # -- hints --------------------------------------------------------------------------------------------------------
 
 
-def _pairs(model: nn.Module, teacher: nn.Module, method: Method, options: TrainingOptions, example: Tensor) -> list:
+def _pairs(
+    model: nn.Module, teacher: nn.Module, method: Method, options: TrainingOptions, example: Tensor
+) -> list[HintPair]:
     """The hint pairs of the run, told before it starts."""
     pairs = parse_hints(options.hints) or find_pairs(model, teacher, example, activations=method.before_activation)
     if not pairs:
@@ -493,8 +499,8 @@ def _forget_zero_gradients(model: nn.Module) -> None:
 
 
 def _loss(
-    forward: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]],
-    teaching: WithMaps | None,
+    forward: _Shown,
+    teaching: _Shown | None,
     x: Tensor,
     y: Tensor | None,
     stage: _Stage,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dk2pnet.data.arrays import Feed
@@ -38,7 +38,8 @@ def probe(content: bytes, feed: Feed | None, name: str, seconds: float = 300.0) 
         folder = Path(place)
         (folder / "model.onnx").write_bytes(content)
         if feed is not None:
-            np.savez(folder / "feed.npz", **{str(n): array for n, array in enumerate(feed.arrays.values())})
+            arrays: dict[str, Any] = {str(n): array for n, array in enumerate(feed.arrays.values())}
+            np.savez(folder / "feed.npz", **arrays)
             (folder / "names.json").write_text(json.dumps(list(feed.arrays)))
         try:
             done = subprocess.run(

@@ -136,7 +136,7 @@ def _external(tensor: TensorProto, path: Path) -> tuple[str, int, int]:
 
 
 # Where the numbers of a type stand when they are not raw, and how many of them make one element.
-_FIELDS = {
+_FIELDS: dict[int, tuple[str, int]] = {
     TensorProto.FLOAT: ("float_data", 1),
     TensorProto.DOUBLE: ("double_data", 1),
     TensorProto.COMPLEX64: ("float_data", 2),

@@ -161,7 +161,8 @@ def _describe(
     attributes = attributes_of(node)
     groups = attributes.get("group", 1)
     spatial = len(dims) - 2
-    module = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}.get(spatial)
+    kinds: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}  # whose arguments are alike
+    module = kinds.get(spatial)
     if module is None or min(dims) < 1 or groups < 1 or dims[0] % groups:
         raise _Stays(f"a weight of shape {tuple(dims)} and {groups} groups are not understood")
     strides, dilations = (list(attributes.get(key, [1] * spatial)) for key in ("strides", "dilations"))
@@ -169,7 +170,7 @@ def _describe(
         raise _Stays(f"its strides {strides} or dilations {dilations} are not understood")
     if list(attributes.get("kernel_shape", dims[2:])) != dims[2:]:
         raise _Stays("its kernel_shape is not that of its weight")
-    conv = module(dims[1] * groups, dims[0], dims[2:], strides, 0, dilations, groups, False, device="meta")  # type: ignore[arg-type]
+    conv: nn.Module = module(dims[1] * groups, dims[0], dims[2:], strides, 0, dilations, groups, False, device="meta")
     site.module = conv
     if not isinstance(conv, nn.Conv2d):
         raise _Stays(f"{spatial}-D convolution")
@@ -193,10 +194,10 @@ def _describe(
     conv = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
-        tuple(dims[2:]),  # type: ignore[arg-type]
-        tuple(strides),  # type: ignore[arg-type]
-        tuple(pads[:2]) if pads is not None and symmetric else 0,  # type: ignore[arg-type]
-        tuple(dilations),  # type: ignore[arg-type]
+        tuple(dims[2:]),
+        tuple(strides),
+        pads[:2] if pads is not None and symmetric else 0,
+        tuple(dilations),
         groups,
         bias is not None,
     )

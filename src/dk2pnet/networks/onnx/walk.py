@@ -11,9 +11,9 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor, nn
 
 from dk2pnet.data.arrays import Feed
-from dk2pnet.decompose.solve import Problem, solve_many
+from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.deploy.runtimes.onnxruntime import session
-from dk2pnet.layer import DKConv2d
+from dk2pnet.layer import DKConv2d, arguments_of
 from dk2pnet.networks.onnx.gather import as_tensor, positions_for
 from dk2pnet.networks.onnx.graph import OnnxGraph, part_of, reads
 from dk2pnet.networks.onnx.rewrite import dense_node
@@ -27,21 +27,13 @@ class Unsuitable(Exception):
     """Why the graph cannot be walked through layer by layer."""
 
 
-def layer_of(site: OnnxSite, factors: object, bias: Tensor | None = None) -> DKConv2d:
+def layer_of(site: OnnxSite, factors: Factors, bias: Tensor | None = None) -> DKConv2d:
     """The DK layer with these factors, and with another bias where one is given."""
     conv = conv_of(site)
     if bias is not None:
-        conv = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-        )
+        conv = nn.Conv2d(**arguments_of(conv))
         conv.bias = nn.Parameter(bias.float())
-    return DKConv2d.from_factors(conv.requires_grad_(False), factors).eval()  # type: ignore[arg-type]
+    return DKConv2d.from_factors(conv.requires_grad_(False), factors).eval()
 
 
 def reconstruct_onnx(
@@ -112,20 +104,12 @@ def reconstruct_onnx(
 
 def with_bias(layer: DKConv2d, bias: Tensor) -> DKConv2d:
     """The layer with another bias, or with its first."""
-    new = DKConv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.groups,
-        counts=layer.counts,
-    )
+    new = DKConv2d(**arguments_of(layer), counts=layer.counts)
+    assert new.bias is not None
     with torch.no_grad():
         new.kernels.copy_(layer.kernels)
         new.combination.copy_(layer.combination)
-        new.bias.copy_(bias)  # type: ignore[union-attr]
+        new.bias.copy_(bias)
     return new.requires_grad_(False).eval()
 
 

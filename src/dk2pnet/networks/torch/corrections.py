@@ -69,7 +69,7 @@ def correct_biases(
         shift = target[name] - _mean_responses(student, {name: layer}, batches, device)[name]
         with torch.no_grad():
             assert layer.bias is not None
-            layer.bias += shift.to(layer.bias)
+            layer.bias.add_(shift.to(layer.bias))
 
 
 def _mean_responses(

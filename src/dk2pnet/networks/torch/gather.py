@@ -138,14 +138,14 @@ def _one_pass(
             if gradients:
                 # Parameters ask for no gradients here; the graph hangs on the input.
                 with torch.enable_grad():
-                    outputs = outputs_of(model(x.detach().requires_grad_().clone()))  # which it may change in place
-                    if not is_classifier(outputs):
-                        shapes = " and ".join(str(tuple(output.shape)) for output in outputs)
+                    answers = outputs_of(model(x.detach().requires_grad_().clone()))  # which it may change in place
+                    if not is_classifier(answers):
+                        shapes = " and ".join(str(tuple(output.shape)) for output in answers)
                         raise InputError(
                             "criterion 'loss' needs a classifier (one row of class scores per image), but the network "
                             f"returns {shapes}; use --criterion response"
                         )
-                    logits = outputs[0]
+                    logits = answers[0]
                     if not logits.requires_grad:
                         raise InputError(
                             "criterion 'loss' needs gradients, and none come through the network to its convolutions "

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.layer import DKConv2d
@@ -73,8 +74,8 @@ def reconstruct(
     if not order:
         return {}
     names = [site.name for site in order]
-    outputs = sum(site.module.out_channels for site in order)  # type: ignore[misc]
-    inputs = max(site.module.weight[0].numel() * site.module.groups for site in order)  # type: ignore[union-attr,operator,index]
+    outputs = sum(site.conv.out_channels for site in order)
+    inputs = max(site.conv.weight[0].numel() * site.conv.groups for site in order)
     # The teacher's outputs and the other sides of sums, at most; and the patches of one layer.
     most = int(memory / 4 / max(4 * images * max(2 * outputs, inputs), 1))
     positions = max(min(positions, most), 4)
@@ -88,12 +89,14 @@ def reconstruct(
         assert isinstance(conv, nn.Conv2d)
         near = around.get(name, Surroundings())
         norm = modules[near.norm] if near.norm is not None else None
+        assert norm is None or isinstance(norm, _BatchNorm)
         layer = _Layer(conv, norm, near.rectified, samples, *wanted, other)
         results[name], shift = layer.solve(counts[name], damping)
         with torch.no_grad():
             conv.weight.copy_(DKConv2d.from_factors(conv, results[name]).fold())
             if norm is not None:
-                norm.running_mean -= shift.to(norm.running_mean)  # type: ignore[operator,union-attr,arg-type]
+                assert norm.running_mean is not None
+                norm.running_mean -= shift.to(norm.running_mean)
             elif conv.bias is not None:
                 conv.bias += shift.to(conv.bias)
         if progress is not None:
@@ -190,7 +193,7 @@ class _Layer:
     def __init__(
         self,
         conv: nn.Conv2d,
-        norm: nn.Module | None,
+        norm: _BatchNorm | None,
         rectified: bool,
         samples: _Samples,
         wanted: Tensor,
@@ -203,9 +206,9 @@ class _Layer:
         self.gain, centre = ones, zeros
         bias = conv.bias.double().cpu() if conv.bias is not None else zeros
         if norm is not None:
-            mean, variance = norm.running_mean.double().cpu(), norm.running_var.double().cpu()  # type: ignore[union-attr,operator]
-            self.gain = _or(norm.weight, ones) / (variance + norm.eps).sqrt()  # type: ignore[arg-type,operator]
-            centre, bias = mean - bias, _or(norm.bias, zeros)  # type: ignore[arg-type]
+            mean, variance = _or(norm.running_mean, zeros), _or(norm.running_var, ones)
+            self.gain = _or(norm.weight, ones) / (variance + norm.eps).sqrt()
+            centre, bias = mean - bias, _or(norm.bias, zeros)
         self.heard = self.gain.abs() > _LEAST_GAIN * self.gain.abs().max()
         inverse = torch.where(self.heard, 1 / self.gain, zeros)
         known = other is not None and wanted_other is not None and other.numel() == y.numel()
@@ -325,7 +328,7 @@ def _teacher_outputs(
             if other is not None:
                 others[name].append(other.cpu())
 
-        def see(module: nn.Module, args: tuple, output: Tensor, name: str = site.name) -> None:
+        def see(module: nn.Conv2d, args: tuple, output: Tensor, name: str = site.name) -> None:
             nonlocal alike
             alike = alike and len(output) == images
             if module.bias is not None:
@@ -359,7 +362,7 @@ def _gather_until(
     samples, others = _Samples(), []
     done = 0
 
-    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def see(module: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
         other = run.other(name, done, positions, seed)
         if other is not None:
             others.append(other)

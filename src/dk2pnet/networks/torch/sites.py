@@ -68,8 +68,8 @@ def find_convolutions(model: nn.Module, example: Tensor, keep: Iterable[str] = (
                 site.reason = f"kept by --keep {pattern}"
                 unused.discard(pattern)
     if unused:
-        names = ", ".join(found[module].name for module in list(in_order)[:6])
-        raise InputError(f"--keep {sorted(unused)[0]} matches no convolution; their names are {names}, ...")
+        known = ", ".join(found[module].name for module in list(in_order)[:6])
+        raise InputError(f"--keep {sorted(unused)[0]} matches no convolution; their names are {known}, ...")
     return [found[module] for module in in_order]
 
 
