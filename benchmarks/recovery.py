@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dk2pnet.layer import DKConv2d, set_form
-from dk2pnet.networks.torch.gather import inference_of
+from dk2pnet.measure import inference_of
 from dk2pnet.training.hints import Tap, capture, find_pairs
 from dk2pnet.training.losses import METHODS, Method, euclidean
 

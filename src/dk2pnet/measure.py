@@ -22,6 +22,7 @@ __all__ = [
     "divergence",
     "evaluation",
     "in_layout",
+    "inference_of",
     "is_classifier",
     "kept_modes",
     "layout_of",
@@ -106,6 +107,21 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     with kept_modes(model), torch.no_grad():
         model.eval()
         yield
+
+
+@contextmanager
+def inference_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without parameter gradients inside the block; every mode and flag is put back afterwards."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with kept_modes(model):
+        try:
+            model.eval()
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            yield model
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 def layout_of(x: Tensor, *models: nn.Module) -> torch.memory_format:

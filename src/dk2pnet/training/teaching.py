@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dk2pnet.measure import outputs_of
-from dk2pnet.networks.torch.gather import inference_of
+from dk2pnet.measure import inference_of, outputs_of
 from dk2pnet.training.hints import HintPair, Tap, capture, tap_of
 from dk2pnet.training.losses import Method, labels
 

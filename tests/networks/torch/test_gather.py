@@ -12,10 +12,11 @@ from torch import nn
 
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
+from dk2pnet.measure import inference_of
 from dk2pnet.networks import patches as module
 from dk2pnet.networks.patches import input_patches
 from dk2pnet.networks.torch import gather
-from dk2pnet.networks.torch.gather import gather_moments, inference_of
+from dk2pnet.networks.torch.gather import gather_moments
 
 IMAGES, CLASSES = 7, 5
 some = settings(deadline=None, max_examples=20)

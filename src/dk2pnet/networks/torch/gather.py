@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
-from dk2pnet.measure import is_classifier, kept_modes, outputs_of
+from dk2pnet.measure import inference_of, is_classifier, outputs_of
 from dk2pnet.networks.patches import geometry_of, in_groups, patches_of, uniform_of
 
-__all__ = ["gather_moments", "inference_of"]
+__all__ = ["gather_moments"]
 
 
 def gather_moments(
@@ -57,21 +57,6 @@ def gather_moments(
         what = f"layers {start + 1}-{start + len(names)} of {len(convolutions)}"
         yield _one_pass(model, group, batches, gradients, positions, seed, first_image, device, what, progress)
         start += len(names)
-
-
-@contextmanager
-def inference_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without parameter gradients inside the block; every mode and flag is put back afterwards."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with kept_modes(model):
-        try:
-            model.eval()
-            for parameter in flags:
-                parameter.requires_grad_(False)
-            yield model
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
 
 
 # -- inside -------------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.layer import DKConv2d
+from dk2pnet.measure import inference_of
 from dk2pnet.networks.network import Site
 from dk2pnet.networks.patches import input_patches, sampled_outputs
-from dk2pnet.networks.torch.gather import inference_of
 from dk2pnet.networks.torch.surroundings import Surroundings, Walk, surroundings_of, traced
 
 __all__ = ["reconstruct"]
