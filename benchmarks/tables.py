@@ -27,6 +27,8 @@ from dk2pnet.report.reproduction import (
     write_figure,
 )
 from dk2pnet.report.tables import format_count, markdown_table
+from house import HEADER as house_header
+from house import table_rows as house_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
@@ -34,6 +36,10 @@ PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re
 
 def demo() -> str:
     return markdown_table(demo_header, demo_rows(read("demo")["rows"]))
+
+
+def house() -> str:
+    return markdown_table(house_header, house_rows(read("house")))
 
 
 def criteria(model: str) -> Callable[[], str]:
@@ -696,6 +702,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers_tuned-resnet32": peers_tuned("resnet32"),
     "hostile-onnx": hostile,
     "demo": demo,
+    "house": house,
     "criteria-resnet32": criteria("resnet32"),
     "corrections-resnet32": corrections("resnet32"),
     "export": export,
