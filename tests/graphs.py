@@ -7,10 +7,14 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
-# onnx2fx cannot be installed below it; above it is among the extras `dev`, and a test without it fails.
-needs_onnx_tuning = pytest.mark.skipif(sys.version_info < (3, 11), reason="the extra onnx-tuning needs Python 3.11")
+# onnx2fx cannot be installed below these; above them it is among the extras `dev`, and a test without it fails.
+needs_onnx_tuning = pytest.mark.skipif(
+    sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
+    reason="the extra onnx-tuning needs Python 3.11 and PyTorch 2.9",
+)
 
 
 def weights(*shape, seed=0):
