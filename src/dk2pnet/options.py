@@ -164,7 +164,7 @@ class _Long(Options):
         "fp32 or bf16, for training; auto: bf16 where the processor or GPU has units for it.",
         torch_only="which is tuned in fp32",
     )
-    checkpoint_every: float = above(0, 60.0, "Seconds between two checkpoints of the training.")
+    checkpoint_every: float = at_least(0, 60.0, "Seconds between two checkpoints of the training.", float)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,19 +19,20 @@ def trained(monkeypatch):
     """In place of training: a folder with the accuracy that follows from method and seed; returns the calls."""
     calls = []
 
-    def pretend(model, data, out, *, options, **given):
+    def pretend(model, data, options, *, out, run):
+        given = {"teacher": options.teacher, "teacher_weights": options.teacher_weights, "images": options.images}
         calls.append((model, out.name, options, given))
         accuracy = 80.0 + list(LOSSES).index(options.method) + (options.seed if options.alpha else 2 * options.seed)
         network = {"accuracy": accuracy, "validation_accuracy": accuracy - 1, **NETWORK}
         out.mkdir(parents=True)
         (out / "metrics.json").write_text(json.dumps({"network": network, **RUN}))
 
-    monkeypatch.setattr(module, "train_network", pretend)
+    monkeypatch.setattr(module, "train", pretend)
     return calls
 
 
 def test_the_teacher_first_then_every_method_and_seed(trained, tmp_path):
-    results = reproduce("mnist", tmp_path / "out", seeds=(0, 1), epochs=3)
+    results = reproduce("mnist", out=tmp_path / "out", seeds=(0, 1), epochs=3)
     names = [name for _, name, _, _ in trained]
     assert names == ["teacher", *(f"{name}-0" for name in METHODS), *(f"{name}-1" for name in METHODS)]
     assert [model for model, *_ in trained] == ["resnet20", *["dk2pnet-14x12"] * 2 * len(METHODS)]
@@ -47,7 +48,7 @@ def test_the_teacher_first_then_every_method_and_seed(trained, tmp_path):
 
 def test_mean_spread_and_paired_difference(trained, tmp_path):
     # kd: 81 + seed, kp+kd: 82 + seed -> always +1; seeds 0, 1, 2 spread by 1.
-    results = reproduce("mnist", tmp_path / "out", methods=["kd", "kp+kd"])
+    results = reproduce("mnist", out=tmp_path / "out", methods=["kd", "kp+kd"])
     kd, kp = results["rows"]
     assert (kd["accuracy"], kd["spread"], kd["seeds"]) == (pytest.approx(82), pytest.approx(1), 3)
     assert kd["against_kd"] is None
@@ -57,7 +58,7 @@ def test_mean_spread_and_paired_difference(trained, tmp_path):
 def test_what_another_process_is_writing_is_no_run_yet(trained, tmp_path):
     (tmp_path / "out/.kd-1-ab12").mkdir(parents=True)
     (tmp_path / "out/.kd-1-ab12/metrics.json").write_text("{")
-    results = reproduce("mnist", tmp_path / "out", methods=["kd"], seeds=(0,))
+    results = reproduce("mnist", out=tmp_path / "out", methods=["kd"], seeds=(0,))
     assert [run["seed"] for run in results["runs"]] == [0]
 
 
@@ -81,7 +82,7 @@ def test_interval_of_the_paired_difference():
 
 def test_what_is_there_is_not_made_again_and_the_rest_is_named(trained, tmp_path):
     out = tmp_path / "out"
-    first = reproduce("cifar10", out, methods=["kd"], seeds=(0,), epochs=5)
+    first = reproduce("cifar10", out=out, methods=["kd"], seeds=(0,), epochs=5)
     assert first["continue"] == [
         shlex.join(
             [
@@ -107,16 +108,16 @@ def test_what_is_there_is_not_made_again_and_the_rest_is_named(trained, tmp_path
         )
     ]
     made = len(trained)
-    reproduce("cifar10", out, methods=["kd"], seeds=(0,), epochs=5)
+    reproduce("cifar10", out=out, methods=["kd"], seeds=(0,), epochs=5)
     assert len(trained) == made
-    whole = reproduce("cifar10", out, epochs=5)
+    whole = reproduce("cifar10", out=out, epochs=5)
     assert len(trained) == 1 + 3 * len(METHODS)
     assert whole["continue"] == []
 
 
 def test_a_teacher_of_the_users_own(trained, tmp_path):
     results = reproduce(
-        "cifar10", tmp_path / "out", teacher="resnet44", teacher_weights="a/b.th", methods=["kd"], seeds=(0,)
+        "cifar10", out=tmp_path / "out", teacher="resnet44", teacher_weights="a/b.th", methods=["kd"], seeds=(0,)
     )
     assert [name for _, name, _, _ in trained] == ["kd-0"]
     assert trained[0][3]["teacher"] == "resnet44"
@@ -125,7 +126,7 @@ def test_a_teacher_of_the_users_own(trained, tmp_path):
 
 
 def test_a_teacher_named_without_weights_is_trained_first(trained, tmp_path):
-    results = reproduce("cifar10", tmp_path / "out", teacher="vgg8", teacher_epochs=7, methods=["kd"], seeds=(0,))
+    results = reproduce("cifar10", out=tmp_path / "out", teacher="vgg8", teacher_epochs=7, methods=["kd"], seeds=(0,))
     assert [(model, name, options.epochs) for model, name, options, _ in trained] == [
         ("vgg8", "teacher", 7),
         ("dk2pnet-32x32", "kd-0", 200),
@@ -136,35 +137,35 @@ def test_a_teacher_named_without_weights_is_trained_first(trained, tmp_path):
 
 def test_a_teacher_is_not_taken_for_that_of_another_setup(trained, tmp_path, monkeypatch):
     """The first call is stopped when its teacher is there and no student yet."""
-    pretend = module.train_network
+    pretend = module.train
 
-    def stopped(model, data, out, **given):
+    def stopped(model, data, options, *, out, run):
         if out.name != "teacher":
             raise KeyboardInterrupt
-        pretend(model, data, out, **given)
+        pretend(model, data, options, out=out, run=run)
 
-    monkeypatch.setattr(module, "train_network", stopped)
+    monkeypatch.setattr(module, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
-        reproduce("mnist", tmp_path / "out", quick=True)
-    monkeypatch.setattr(module, "train_network", pretend)
+        reproduce("mnist", out=tmp_path / "out", quick=True)
+    monkeypatch.setattr(module, "train", pretend)
     with pytest.raises(InputError, match="holds runs with data mnist, this call has cifar10"):
-        reproduce("cifar10", tmp_path / "out")
-    assert reproduce("mnist", tmp_path / "out", quick=True)["continue"] == []
+        reproduce("cifar10", out=tmp_path / "out")
+    assert reproduce("mnist", out=tmp_path / "out", quick=True)["continue"] == []
 
 
 def test_what_is_missing_of_a_quick_one_is_quick(trained, tmp_path):
-    command = reproduce("mnist", tmp_path / "out", quick=True, methods=["kd"])["continue"][0]
+    command = reproduce("mnist", out=tmp_path / "out", quick=True, methods=["kd"])["continue"][0]
     assert " --quick " in f"{command} "
 
 
 def test_other_settings_are_refused_and_change_nothing(trained, tmp_path):
     out = tmp_path / "out"
-    reproduce("mnist", out, methods=["kd"], seeds=(0,), epochs=2)
+    reproduce("mnist", out=out, methods=["kd"], seeds=(0,), epochs=2)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="runs with epochs 2, this call has 3; give the same, or another --out"):
-        reproduce("mnist", out, epochs=3)
+        reproduce("mnist", out=out, epochs=3)
     with pytest.raises(InputError, match="runs with data mnist, this call has cifar10"):
-        reproduce("cifar10", out)
+        reproduce("cifar10", out=out)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
@@ -181,7 +182,7 @@ def test_other_settings_are_refused_and_change_nothing(trained, tmp_path):
 )
 def test_bad_input(trained, tmp_path, given, words):
     with pytest.raises(InputError, match=words):
-        reproduce("mnist", tmp_path / "out", **given)
+        reproduce("mnist", out=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
     assert not trained
 
@@ -189,8 +190,8 @@ def test_bad_input(trained, tmp_path, given, words):
 def test_a_folder_of_something_else_is_left_alone(trained, tmp_path):
     (tmp_path / "letters.txt").write_text("dear")
     with pytest.raises(InputError, match="not a folder that dk2pnet reproduce wrote"):
-        reproduce("mnist", tmp_path)
+        reproduce("mnist", out=tmp_path)
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(InputError, match="not a file that dk2pnet reproduce wrote"):
-        reproduce("mnist", tmp_path)
+        reproduce("mnist", out=tmp_path)
     assert (tmp_path / "letters.txt").read_text() == "dear"

@@ -1,4 +1,4 @@
-"""What `train_network` trains on and beside, and what a call that goes on with a killed one may change."""
+"""What `train` trains on and beside, and what a call that goes on with a killed one may change."""
 
 from dataclasses import replace
 
@@ -6,22 +6,23 @@ import pytest
 import torch
 
 from dk2pnet import load_student
-from dk2pnet.commands import train as pipeline
-from dk2pnet.commands.train import train_network
+from dk2pnet.commands.train import train
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.errors import InputError
+from dk2pnet.options import TrainOptions
+from dk2pnet.run.run import Run
 from dk2pnet.training import fit as fitting
 from dk2pnet.training.trainer import TrainingOptions
 
-OPTIONS = TrainingOptions(epochs=2, learning_rate=0.05, method="labels", precision="fp32", checkpoint_every=0)
+OPTIONS = TrainOptions(epochs=2, learning_rate=0.05, method="labels", precision="fp32", checkpoint_every=0)
 
 
 class Killed(Exception):
     """Stands for whatever ends a run."""
 
 
-def call(out, recipe, progress):
-    train_network("lenet", "digits", out, options=OPTIONS, images=300, recipe=recipe, progress=progress)
+def call(out, options, progress):
+    train("lenet", "digits", OPTIONS, out=out, images=300, **options, run=Run(progress))
 
 
 @pytest.fixture
@@ -55,8 +56,8 @@ def test_a_failed_export_does_not_cost_the_training(tmp_path, monkeypatch, caplo
     def refuse(*_):
         raise InputError("such a layer is not known")
 
-    monkeypatch.setattr(pipeline, "write_onnx", refuse)
-    train_network("lenet", "digits", tmp_path / "out", options=replace(OPTIONS, epochs=1), images=100)
+    monkeypatch.setattr("dk2pnet.commands.train.write_onnx", refuse)
+    train("lenet", "digits", replace(OPTIONS, epochs=1), out=tmp_path / "out", images=100)
     assert (tmp_path / "out/model.safetensors").is_file()
     assert not (tmp_path / "out/model.onnx").exists()
     assert "no model.onnx was written: such a layer is not known" in caplog.text
@@ -67,10 +68,10 @@ def test_fewer_images_are_spread_over_all_classes(tmp_path, monkeypatch):
     pixels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)
     data = ImageData("mine", pixels, torch.arange(40) // 10)
     seen = []
-    monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: data)
-    monkeypatch.setattr(pipeline, "load_test", lambda *_: None)
-    monkeypatch.setattr(pipeline, "fit", lambda net, kept, *_, **__: seen.append(kept) or {})
-    train_network("lenet", "mine", tmp_path / "out", options=OPTIONS, images=25)
+    monkeypatch.setattr("dk2pnet.commands.train.load_data", lambda *_, **__: data)
+    monkeypatch.setattr("dk2pnet.commands.train.load_test", lambda *_: None)
+    monkeypatch.setattr("dk2pnet.commands.train.fit", lambda net, source, *_, **__: seen.append(source.data) or {})
+    train("lenet", "mine", OPTIONS, out=tmp_path / "out", images=25)
     assert len(seen[0]) in (22, 23)
     assert set(seen[0].labels.tolist()) == {0, 1, 2, 3}
 
@@ -93,10 +94,10 @@ def test_the_augmentation_is_by_name_unless_it_is_given(name, augment, used, tmp
         seen.append(epoch_of(0).augment)
         return {}
 
-    monkeypatch.setattr(pipeline, "load_data", lambda *_, **__: data)
-    monkeypatch.setattr(pipeline, "load_test", lambda *_: None)
+    monkeypatch.setattr("dk2pnet.commands.train.load_data", lambda *_, **__: data)
+    monkeypatch.setattr("dk2pnet.commands.train.load_test", lambda *_: None)
     monkeypatch.setattr(fitting, "train", watched)
-    train_network("lenet", name, tmp_path / "out", options=OPTIONS, augment=augment)
+    train("lenet", name, OPTIONS, out=tmp_path / "out", augment=augment)
     assert seen == [used]
 
 
@@ -104,21 +105,21 @@ def test_a_teacher_is_given_images_normalised_as_it_expects(tmp_path, monkeypatc
     """The student was saved with one normalisation, its teacher with another."""
     for name, normalize in (("student", "0.2/0.5"), ("teacher", "0.6/0.25")):
         once = replace(OPTIONS, epochs=1)
-        train_network("lenet", "digits", tmp_path / name, options=once, images=100, normalize=normalize, device="cpu")
+        train("lenet", "digits", once, out=tmp_path / name, images=100, normalize=normalize, device="cpu")
     teacher, _ = load_student(tmp_path / "teacher")
     seen = []
 
-    def watched(net, kept, options, *, teacher, normalization, **more):
-        x, _ = next(iter(kept.batches(4, normalization)))
-        seen.append((normalization, kept.images[:4], teacher.eval()(x)))
+    def watched(net, source, *_, teacher, **more):
+        x, _ = next(iter(source.data.batches(4, source.normalization)))
+        seen.append((source.normalization, source.data.images[:4], teacher.eval()(x)))
         return {}
 
-    monkeypatch.setattr(pipeline, "fit", watched)
+    monkeypatch.setattr("dk2pnet.commands.train.fit", watched)
     for model in (str(tmp_path / "student"), "lenet"):
         options = replace(OPTIONS, method="kd")
         out = tmp_path / f"out{len(seen)}"
         taught = {"teacher": str(tmp_path / "teacher"), "device": "cpu"}
-        train_network(model, "digits", out, options=options, images=100, **taught)
+        train(model, "digits", options, out=out, images=100, **taught)
     norms = [Normalization((0.2,), (0.5,)), Normalization((0.6,), (0.25,))]  # one without weights takes the teacher's
     for (norm, images, found), expected in zip(seen, norms, strict=True):
         assert norm == expected
@@ -131,7 +132,7 @@ def test_one_image_alone_is_no_batch(images, batches, monkeypatch):
     seen = []
     monkeypatch.setattr(fitting, "train", lambda *_, steps_per_epoch, **__: seen.append(steps_per_epoch) or {})
     data = ImageData("mine", torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64))
-    options = replace(OPTIONS, batch_size=8)
+    options = TrainingOptions(batch_size=8)
     norm = Normalization((0.5,), (0.5,))
-    fitting.fit(torch.nn.Identity(), data, options, example=None, normalization=norm, device="cpu", progress=print)
+    fitting.fit(torch.nn.Identity(), fitting.Source(data, normalization=norm), options, Run(), example=None)
     assert seen == [batches]

@@ -27,7 +27,7 @@ class Known:
         if budget.value < self.least:
             raise TooSmall("cannot be reached")
         plan = SimpleNamespace(macs=budget.value, macs_dense=1.0)
-        student = SimpleNamespace(predict=lambda batches, run: self.answers(budget.value))
+        student = SimpleNamespace(at=budget.value, predict=lambda batches, run: self.answers(budget.value))
         return Probe(budget, SimpleNamespace(student=student, plan=plan), None)
 
 
@@ -67,7 +67,7 @@ def test_the_smallest_within_is_found_in_eight_probes(find, curve, wanted, kind,
     assert isinstance(found, Found)
     assert len(known.asked) == len(set(known.asked)) <= MOST_PROBES
     assert found.estimate.value <= wanted
-    assert found.probe.solved.student <= best * 1.12
+    assert found.probe.student.at <= best * 1.12
     assert [entry["within"] for entry in found.probes].count(True) >= 1
 
 
@@ -82,7 +82,7 @@ def test_what_is_returned_was_measured_itself(find):
 def test_budgets_that_no_network_has_bound_the_search(find):
     known = Known(lambda x: 0.01, least=0.61)
     found = find("disagree=1", known, labels=False)
-    assert 0.61 <= found.probe.solved.student <= 0.65
+    assert 0.61 <= found.probe.student.at <= 0.65
     assert any("said" in entry for entry in found.probes)
 
 

@@ -77,7 +77,7 @@ def test_anything_else_is_refused(text):
 def test_automatic_is_for_networks_up_to_resnet56_with_images_enough():
     assert macs(make_network("resnet56"), torch.zeros(1, 3, 32, 32)) == AUTOMATIC_MACS
     assert tuning_of(None, epochs=0, samples=counts(), macs=AUTOMATIC_MACS).steps == 150
-    assert tuning_of("auto", epochs=0, images=counts(80, 20), macs=1).steps == 150
+    assert tuning_of("auto", epochs=0, samples=counts(80, 20), macs=1).steps == 150
     for off, words in (
         ({"macs": AUTOMATIC_MACS + 1}, "--tune 10m"),
         ({"samples": counts(79, 20)}, "99 calibration images"),

@@ -91,7 +91,7 @@ def read_arrays(path: str | Path, inputs: Sequence[Input]) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError, AttributeError) as error:
         raise InputError(
             f"{path} cannot be read as .npz ({first_line(error)}); expected one array per input of the graph, "
             "saved by numpy.savez"
