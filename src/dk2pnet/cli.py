@@ -52,14 +52,20 @@ _RECIPE = Annotated[
 ]
 
 
+def _parameter(name: str, default: Any, annotation: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
 def _parameters(verb: str) -> list[Parameter]:
     """What typer is to read from the command line."""
     found = []
-    for each in VERBS[verb].arguments:
-        default = Parameter.empty if each.default is REQUIRED else each.default
-        kind: Any = each.kind if each.default is not None else each.kind | None
-        told = typer.Argument(help=each.help) if each.positional else typer.Option(help=each.help)
-        found.append(Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, told]))
+    for argument in VERBS[verb].arguments:
+        default: Any = Parameter.empty if argument.default is REQUIRED else argument.default
+        kind: Any = argument.kind if argument.default is not None else argument.kind | None
+        told: Any = typer.Argument(help=argument.help) if argument.positional else typer.Option(help=argument.help)
+        found.append(
+            Parameter(argument.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, told])
+        )
     for each in fields(VERBS[verb].options):
         kind, default, names = each.metadata["kind"], each.default, [flag_of(each)]
         if kind is None:
@@ -71,9 +77,9 @@ def _parameters(verb: str) -> list[Parameter]:
         elif default is None:
             kind = kind | None
         told = typer.Option(*names, help=each.metadata["help"], metavar=each.metadata["metavar"])
-        found.append(Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, told]))
+        found.append(_parameter(each.name, default, Annotated[kind, told]))
     if verb in ("compress", "explore", "train"):
-        found.append(Parameter("recipe", Parameter.KEYWORD_ONLY, default=None, annotation=_RECIPE))
+        found.append(_parameter("recipe", None, _RECIPE))
     return sorted(found, key=lambda each: each.default is not Parameter.empty)
 
 
@@ -96,7 +102,7 @@ def _command(verb: str, show: Callable[[Any, Mapping[str, Any]], None]) -> Calla
             if is_main():
                 show(result, given)
 
-        command.__signature__ = Signature(_parameters(verb))  # type: ignore[attr-defined]
+        vars(command)["__signature__"] = Signature(_parameters(verb))
         command.__annotations__ = {each.name: each.annotation for each in _parameters(verb)}
         app.command(verb, help=work.__doc__)(command)
         return work

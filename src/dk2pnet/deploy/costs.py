@@ -25,7 +25,7 @@ from dk2pnet.deploy.export import onnx_bytes
 from dk2pnet.deploy.latency import compare_latency, conditions, is_onnx
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.deploy.runtimes import target_named
-from dk2pnet.layer import DKConv2d
+from dk2pnet.layer import DKConv2d, arguments_of
 from dk2pnet.processes import cores
 
 __all__ = ["DENSE", "LatencyTable", "Sketch", "Spot", "fastest_forms", "gathered", "sketch_of"]
@@ -222,16 +222,7 @@ def _network(spot: Spot, sketch: Sketch, target: str) -> bytes | nn.Module:
             branches.append(Branch(channels, kernels, combination))
         layer = PlainLayer(conv, branches, bias, sketch.concat)
     else:
-        layer = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            padding_mode=conv.padding_mode,
-        )
+        layer = nn.Conv2d(**arguments_of(conv))
     before = nn.Conv2d(1, conv.in_channels, 1)
     network = nn.Sequential(before, nn.ReLU(), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
     if not is_onnx(target):

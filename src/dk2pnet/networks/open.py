@@ -47,11 +47,12 @@ def open_with_data(
     """
     if is_onnx_file(model):
         graph = open_onnx(str(model), normalize)
+        network: Network = graph
         if data is None or data.endswith(".npz"):
-            return graph, None
+            return network, None
         size, channels = graph.image_size(input_size)
         split = "train" if has_split(data, "train", data_dir) else "test"
-        return graph, load(data, split, data_dir=data_dir, size=size, channels=channels)
+        return network, load(data, split, data_dir=data_dir, size=size, channels=channels)
     training = None
     if data is not None:
         training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
@@ -73,11 +74,12 @@ def open_network(
     """A module as it is, a folder that dk2pnet wrote, or a network by name with weights from a file or "pretrained"."""
     given = Normalization.parse(normalize) if isinstance(normalize, str) else normalize
     if isinstance(model, nn.Module):
-        while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
-        check_finite(model)
-        return TorchNetwork(model, None, given)
+        bare: nn.Module = model
+        while isinstance(bare, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            bare = bare.module
+        bare = getattr(bare, "_orig_mod", bare)  # of torch.compile
+        check_finite(bare)
+        return TorchNetwork(bare, None, given)
     name = str(model)
     if is_saved(name):
         if weights is not None:

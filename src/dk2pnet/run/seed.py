@@ -26,7 +26,9 @@ def left_as_found() -> Iterator[None]:
 
 def random_state() -> dict[str, Any]:
     """The states of all global generators: PyTorch's (CPU, and GPUs where they are in use), NumPy's and Python's."""
-    name, keys, *rest = np.random.get_state()
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)  # and not the dictionary of the newer interface
+    name, keys, *rest = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],

@@ -126,8 +126,8 @@ def make_plan(
     names = {layer.name for layer in plan.layers}
     for before in network.plan.layers if network.plan is not None else ():
         if before.counts is not None and before.name not in names:  # a DK layer of a network that was compressed before
-            same = {"macs_dense": before.macs, "parameters_dense": before.parameters, "energy_kept": None}
-            plan.layers.append(replace(before, **same, reason="of dominant kernels already"))
+            same = replace(before, macs_dense=before.macs, parameters_dense=before.parameters, energy_kept=None)
+            plan.layers.append(replace(same, reason="of dominant kernels already"))
     return plan
 
 

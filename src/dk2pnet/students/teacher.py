@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dk2pnet.data import ImageData, has_split
 from dk2pnet.data.samples import Samples, any_split, array_samples, named_samples, user_samples
@@ -47,7 +49,7 @@ class Teacher:
     @classmethod
     def open(
         cls,
-        model: str | nn.Module,
+        model: str | Path | nn.Module,
         data: str | Iterable[Any] | None,
         options: CompressOptions | ExploreOptions,
         run: Run,
@@ -100,20 +102,19 @@ class Teacher:
         found = self.network.digests()
         if self.samples is not None:
             first = self.samples.first
-            arrays = getattr(first, "arrays", None)
-            found["digest_of_images"] = digest_of({"first batch": first} if arrays is None else tensors_of(arrays))
+            found["digest_of_images"] = digest_of(
+                {"first batch": first} if isinstance(first, Tensor) else tensors_of(first.arrays)
+            )
         return found
 
 
 def tensors_of(arrays: dict[str, Any]) -> dict[str, Any]:
     """Arrays as tensors."""
-    import torch
-
     return {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if array.dtype.kind in "fiub"}
 
 
 def _running(
-    model: str | nn.Module, data: Any, options: CompressOptions | ExploreOptions, run: Run
+    model: str | Path | nn.Module, data: Any, options: CompressOptions | ExploreOptions, run: Run
 ) -> tuple[Network, Samples | None, ImageData | None]:
     """The network proven to run on the first of its samples, these, and the training split of a data set."""
     if options.holdout is not None and options.holdout_split is not None:
@@ -122,7 +123,7 @@ def _running(
         raise InputError(
             "data are batches, which calibrate too; leave calibration_data away, or name a data set as data"
         )
-    if options.calibration_data is not None and data is None and getattr(options, "epochs", 0):
+    if options.calibration_data is not None and data is None and getattr(options, "epochs", None):
         raise InputError(
             "training needs the network's own images (--data); --calibration-data only calibrates and tunes"
         )

@@ -66,8 +66,10 @@ class OnnxPredictions(Predictions):
         return None
 
 
-def errors_of(teacher: OnnxPredictions, student: OnnxPredictions) -> dict[str, float]:
+def errors_of(teacher: Predictions, student: Predictions) -> dict[str, float]:
     """By output: the squared error relative to the output's energy, 1 where the shapes differ."""
+    assert isinstance(teacher, OnnxPredictions)
+    assert isinstance(student, OnnxPredictions)
     errors = {}
     for number, name in enumerate(teacher.names):
         off = energy = 0.0

@@ -25,6 +25,7 @@ from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d, set_form
 from dk2pnet.measure import Predictions, is_classifier
 from dk2pnet.networks.network import NotLearnable
+from dk2pnet.networks.onnx.answers import errors_of
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.sites import OnnxSite
 from dk2pnet.networks.torch.gather import gather_moments
@@ -55,7 +56,7 @@ class OnnxLearner:
         self.sites = {site.name: site for site in sites}
         self.teacher: nn.Module = self.graph.module
         self.example = torch.from_numpy(next(iter(feed.arrays.values())))
-        self.names = AsTorch.layer_names(self.sites)
+        self.names: Mapping[str, str] = AsTorch.layer_names(self.sites)
         # A graph for inference has no batch norm to train; half precision would cost it the last digits.
         self.options: TrainingOptions = replace(
             TUNING, hints=tuple(self.graph.hints), batch_norm="frozen", precision="fp32"
@@ -82,10 +83,6 @@ class OnnxLearner:
 
     def rate_for(self, teacher: Predictions, start: Predictions) -> float:
         """By the relative error of the outputs."""
-        from dk2pnet.networks.onnx.answers import OnnxPredictions, errors_of
-
-        assert isinstance(teacher, OnnxPredictions)
-        assert isinstance(start, OnnxPredictions)
         errors = errors_of(teacher, start)
         return rate_for(sum(errors.values()) / max(len(errors), 1))
 
@@ -240,7 +237,7 @@ class AsTorch:
             if node in first or any(each in behind for each in node.all_input_nodes):
                 behind.add(node)
                 value = values.get(node)
-                if _is_map(value):
+                if isinstance(value, Tensor) and _is_map(value):
                     last[tuple(value.shape[2:])] = node
         wanted = [*last.values(), *(self.nodes[name] for name in outputs)]
         names = []
@@ -307,9 +304,8 @@ def _conv_output(site: OnnxSite) -> str:
     return site.node.output[0]
 
 
-def _is_map(value: object) -> bool:
-    floats = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 4
-    return floats and value.shape[2] * value.shape[3] > 1  # type: ignore[attr-defined]
+def _is_map(value: Tensor) -> bool:
+    return value.is_floating_point() and value.dim() == 4 and value.shape[2] * value.shape[3] > 1
 
 
 def _check(name: str, found: object, expected: np.ndarray) -> None:

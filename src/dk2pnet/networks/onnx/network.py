@@ -25,6 +25,7 @@ from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.errors import InputError, first_line
 from dk2pnet.layer import DKConv2d
+from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Corrections, Settings, Solution
 from dk2pnet.networks.onnx.answers import OnnxPredictions, check_repeats, comparable, errors_of, proven
 from dk2pnet.networks.onnx.gather import gather_onnx
@@ -232,12 +233,12 @@ class OnnxNetwork:
         known = torch.cat(labels) if len(labels) == len(parts) else None
         return OnnxPredictions(self.names, parts, done, known)
 
-    def divergence(self, teacher: OnnxPredictions, student: OnnxPredictions) -> float:
+    def divergence(self, teacher: Predictions, student: Predictions) -> float:
         """The relative squared error of each output, their mean."""
         errors = errors_of(teacher, student)
         return sum(errors.values()) / max(len(errors), 1)
 
-    def figures(self, teacher: OnnxPredictions, student: OnnxPredictions) -> dict[str, Any]:
+    def figures(self, teacher: Predictions, student: Predictions) -> dict[str, Any]:
         """Errors of the outputs in percent, root mean square."""
         errors = errors_of(teacher, student)
         return {

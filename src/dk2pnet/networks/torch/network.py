@@ -58,6 +58,7 @@ class TorchNetwork:
     plan: Plan | None = None
     example: Tensor = field(default_factory=lambda: torch.zeros(1))
     given: nn.Module | None = None  # the user's own, which is never changed
+    measure: str = "relative squared error"  # KL for a classifier, once that is known
 
     batching = Batching()
     default_criterion = "loss"
@@ -67,13 +68,6 @@ class TorchNetwork:
     def device(self) -> torch.device:
         """Where it is."""
         return self.example.device
-
-    @property
-    def measure(self) -> str:
-        """KL for a classifier, as decided when it was prepared."""
-        return "KL(teacher || student)" if self._classifies else "relative squared error"
-
-    _classifies: bool = False
 
     @property
     def forms(self) -> dict[str, str]:
@@ -123,7 +117,8 @@ class TorchNetwork:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         self.example = example[:1].detach().to(run.device)
-        self._classifies = self._check_output().classifies
+        if self._check_output().classifies:
+            self.measure = "KL(teacher || student)"
 
     def _check_output(self) -> Predictions:
         try:
