@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from dk2pnet.errors import InputError
 
-__all__ = ["FORMAT", "Budget", "LayerPlan", "Plan"]
+__all__ = ["FORMAT", "KINDS", "Budget", "LayerPlan", "Plan"]
 
 FORMAT = 1
-_KINDS = ("macs", "params", "kernels", "latency", "drop", "disagree", "error")
+KINDS = ("macs", "params", "kernels", "latency", "drop", "disagree", "error")
 _POINTS = ("drop", "disagree", "error")
 
 
@@ -44,9 +45,11 @@ class Budget:
             raise InputError(f"budget is {text!r}; {expected}") from None
         whole = value == int(value) if math.isfinite(value) else False
         most = 100 if kind in ("drop", "disagree") else 1
-        good = kind in _KINDS and (value >= 1 and whole if kind == "kernels" else 0 < value <= most)
+        good = kind in KINDS and (value >= 1 and whole if kind == "kernels" else 0 < value <= most)
         if not good:
-            raise InputError(f"budget is {text!r}; {expected}")
+            near = get_close_matches(kind, KINDS, 1, 0.5) if kind not in KINDS else []
+            hint = f"did you mean {near[0]}={number}? " if near else ""
+            raise InputError(f"budget is {text!r}; {hint}{expected}")
         return cls(kind, value)
 
     @property

@@ -17,7 +17,7 @@ from dk2pnet.deploy.latency import check_target
 from dk2pnet.errors import InputError
 from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.options import CompressOptions, recipe_of
-from dk2pnet.plan import Budget, Plan
+from dk2pnet.plan import KINDS, Budget, Plan
 from dk2pnet.run.device import environment
 from dk2pnet.run.out_folder import check_out
 from dk2pnet.run.run import Run
@@ -157,7 +157,7 @@ def compress(
 def _check(wanted: Budget, data: object, options: CompressOptions) -> None:
     """What cannot be, before anything is read."""
     check_target(options.target or "onnxruntime")
-    if isinstance(data, Budget) or (isinstance(data, str) and data.partition("=")[0] in _KINDS and "=" in data):
+    if isinstance(data, Budget) or (isinstance(data, str) and data.partition("=")[0] in KINDS and "=" in data):
         raise InputError(f"data is {data!r}, which is a budget; give compress(model, data, budget), or budget={data!r}")
     if wanted.in_points and options.epochs:
         raise InputError(
@@ -171,9 +171,6 @@ def _check(wanted: Budget, data: object, options: CompressOptions) -> None:
         raise InputError(f"{what} is of the training with labels, and epochs is 0; give --epochs too, or leave it away")
     if wanted.in_points and data is None and options.calibration_data is None:
         raise InputError(f"budget {wanted} is decided on images and none were given; give --data")
-
-
-_KINDS = ("macs", "params", "kernels", "latency", "drop", "disagree", "error")
 
 
 def _train(

@@ -78,7 +78,7 @@ def deliver(
             figures["form"] = layer.form
         if samples is not None and (options.int8 or target == "onnxruntime-int8"):
             with clock("int8"):
-                metrics["int8"] = write_int8(files, folder, samples, network.example, run)
+                metrics["int8"] = write_int8(files, folder, samples, network.example, run, network.batching.fixed)
         if options.pt2:
             assert isinstance(student, TorchNetwork)
             with clock("pt2"):
@@ -106,10 +106,11 @@ def notes_of_file(plan: Plan, timed: Mapping[str, Mapping[str, Any]]) -> list[st
 
 
 def write_int8(
-    files: Mapping[str, bytes], folder: Path, samples: Samples, example: Any, run: Run
+    files: Mapping[str, bytes], folder: Path, samples: Samples, example: Any, run: Run, whole: bool = False
 ) -> list[dict[str, Any]]:
     """Quantise teacher and student on calibration samples, write the student's int8 file, and compare all four.
 
+    `whole`: the files take whole batches only.
     Returns one row each: `network`, `numbers` (fp32 or int8), `accuracy` on the test split (None without one),
     `agreement` with the teacher's fp32 answers on held-out samples (of others than classifiers None, and instead the
     `relative_error` in percent), `bytes`, `latency_ms` in ONNX Runtime.
@@ -118,7 +119,7 @@ def write_int8(
     for name, content in files.items():
         contents[name, "fp32"] = content
         run.progress(f"quantising the {name}", 0, 0)
-        contents[name, "int8"] = quantize_onnx(content, _first(samples.gather, _CALIBRATION_IMAGES))
+        contents[name, "int8"] = quantize_onnx(content, _first(samples.gather, _CALIBRATION_IMAGES, whole))
     (folder / INT8).write_bytes(contents["student", "int8"])
     networks = {f"{name} {kind}": content for (name, kind), content in contents.items()}
     times = compare_latency(networks, example, threads=run.threads)
@@ -166,14 +167,15 @@ def write_pt2(model: nn.Module, forms: Mapping[str, str], example: Tensor, path:
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
-def _first(batches: Batches, most: int) -> Iterable[Any]:
-    """Inputs of so many samples, in batches of 32 at most where they are tensors."""
+def _first(batches: Batches, most: int, whole: bool) -> Iterable[Any]:
+    """Inputs of so many samples (or a few more, in `whole` batches), else 32 at once at most where they are tensors."""
     done = 0
     for x, _ in batches:
-        for part in x.split(32) if isinstance(x, Tensor) else [x]:
+        for part in x.split(32) if isinstance(x, Tensor) and not whole else [x]:
             if done >= most:
                 return
-            yield part[: most - done].cpu() if isinstance(part, Tensor) else part
+            part = part if whole else part[: most - done]
+            yield part.cpu() if isinstance(part, Tensor) else part
             done += len(part)
 
 

@@ -46,11 +46,11 @@ class Batching:
     size: int | None = None
     fixed: bool = False
 
-    def of(self, data: ImageData, normalization: Normalization, count: int) -> Batches:
-        """Batches of a data set, of which the smallest part has `count` images."""
+    def of(self, data: ImageData, normalization: Normalization, count: int, rest: bool = False) -> Batches:
+        """Batches of a data set, of which the smallest part has `count` images; `rest` as in `Whole`."""
         size = batch_size_for(data.size) if self.size is None else self.size if self.fixed else min(self.size, count)
         batches: Batches = data.batches(size, normalization)
-        return Whole(batches, size) if self.fixed else batches
+        return Whole(batches, size, rest) if self.fixed else batches
 
     def whole(self, count: int) -> int:
         """How many of so many samples there are in whole batches."""
@@ -135,19 +135,19 @@ def named_samples(
             f"with; the graph takes {size} at once: give more images"
         )
     counts = {"calibration": len(gather), "held out": len(held_out)}
-    test = test if test is not None and test.labels is not None else None
+    test = test if test is not None and test.labels is not None and batching.whole(len(test)) else None
     if test is not None:
         counts["test"] = batching.whole(len(test))
 
-    def batches(data: ImageData) -> Batches:
-        return batching.of(data, norm, len(held_out))
+    def batches(data: ImageData, rest: bool = False) -> Batches:
+        return batching.of(data, norm, len(held_out), rest)
 
     return Samples(
         batches(gather),
         batches(held_out),
         counts,
         gather,
-        batches(decide),
+        batches(decide, rest=True),
         decided_by,
         None if test is None else batches(test),
         kept,
@@ -170,8 +170,8 @@ def user_samples(
             "answers belong to others; give batches without shuffling or random augmentation"
         )
 
-    def of(batches: Batches) -> Batches:
-        return Whole(batches, batching.size) if batching.fixed and batching.size else batches
+    def of(batches: Batches, rest: bool = False) -> Batches:
+        return Whole(batches, batching.size, rest) if batching.fixed and batching.size else batches
 
     gather, held_out = (of(part) for part in batches.calibration_split(count))
     counts = {"calibration": sum(len(x) for x, _ in gather), "held out": sum(len(x) for x, _ in held_out)}
@@ -180,7 +180,7 @@ def user_samples(
         held_out,
         counts,
         gather,
-        held_out if holdout is None else of(UserBatches(holdout)),
+        held_out if holdout is None else of(UserBatches(holdout), rest=True),
         "the held-out calibration images" if holdout is None else "the holdout batches",
         None if test_data is None else of(UserBatches(test_data)),
         batches,
@@ -266,10 +266,11 @@ class Every:
 
 @dataclass(frozen=True)
 class Whole:
-    """The images of some batches in batches of exactly `size`; what fills none is left out."""
+    """The images of some batches in batches of exactly `size`; what fills none is left out, or comes last (`rest`)."""
 
     batches: Batches
     size: int
+    rest: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         xs: list[Tensor] = []
@@ -280,3 +281,5 @@ class Whole:
             while len(xs) >= self.size:
                 yield torch.cat(xs[: self.size]), torch.cat(ys[: self.size]) if ys else None
                 xs, ys = xs[self.size :], ys[self.size :]
+        if self.rest and xs:
+            yield torch.cat(xs), torch.cat(ys) if ys else None

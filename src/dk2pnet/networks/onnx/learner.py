@@ -78,7 +78,7 @@ class OnnxLearner:
         for name, path in AsTorch.layer_names(student.layers).items():
             layer = module.get_submodule(path)
             assert isinstance(layer, DKConv2d)
-            layers[name] = layer.requires_grad_(False).eval()
+            layers[name] = layer.cpu().requires_grad_(False).eval()
         return student.with_layers(layers)
 
     def rate_for(self, teacher: Predictions, start: Predictions) -> float:

@@ -70,7 +70,7 @@ class OnnxNetwork:
     @classmethod
     def read(cls, path: str | Path) -> OnnxNetwork:
         """Read and check the file."""
-        graph = read_onnx(path)
+        graph = read_onnx(path, first=True)  # `sites` says whether the first one stays dense
         sizes = {value.dims[0] for value in graph.takes if value.dims} - {None}
         fixed = (sizes.pop() if len(sizes) == 1 else 1) if sizes else None
         return cls(str(path), graph, batching=Batching(fixed, True) if fixed else Batching(_MOST))
@@ -108,11 +108,15 @@ class OnnxNetwork:
         """A batch as the graph takes it: images are its one input."""
         if isinstance(x, Feed):
             return x
-        return Feed({self.image_input().name: x.detach().cpu().numpy()}, len(x))
+        value = self.only_input()
+        return Feed({value.name: x.detach().cpu().numpy().astype(value.dtype, copy=False)}, len(x))
 
     def arrays(self, path: str) -> Arrays:
         """One for each input of the graph, by its name."""
-        return read_arrays(path, self.graph.takes)
+        found = read_arrays(path, self.graph.takes)
+        if found.stacked:  # then the first axis of an input is not that of samples
+            self.batching = Batching(1, True)
+        return found
 
     def image_size(self, side: int | None) -> tuple[Any, int | None]:
         """Height and width (or one side, or None where both are open) and channels of the images; `side` as given."""
@@ -128,12 +132,21 @@ class OnnxNetwork:
             )
         return chosen, value.dims[1]
 
-    def image_input(self) -> Input:
-        """The graph's one input ``(B, C, H, W)``; `InputError` where it takes something else."""
+    def only_input(self) -> Input:
+        """The graph's one input, of floating-point numbers; `InputError` where it takes something else."""
         if len(self.graph.takes) != 1:
             names = ", ".join(value.name for value in self.graph.takes)
             raise InputError(f"the graph has the inputs {names}; images can feed only one: give --data INPUTS.npz")
         value = self.graph.takes[0]
+        if value.dtype.kind != "f":
+            raise InputError(
+                f"the input {value.name!r} is {value}, which batches of images cannot feed; give --data INPUTS.npz"
+            )
+        return value
+
+    def image_input(self) -> Input:
+        """The same, ``(B, C, H, W)`` of grey or coloured images."""
+        value = self.only_input()
         if len(value.dims) != 4 or value.dims[1] not in (None, 1, 3) or value.dtype != np.float32:
             raise InputError(
                 f"the input {value.name!r} is {value}, not float (batch, 1 or 3 channels, height, width); "
