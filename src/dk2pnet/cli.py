@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import import_module
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,31 +84,23 @@ def _parameters(verb: str) -> list[Parameter]:
     return sorted(found, key=lambda each: each.default is not Parameter.empty)
 
 
-_Work = Callable[[dict[str, Any], Any], Any]
+def _register(verb: str, show: Callable[[Any, Mapping[str, Any]], None]) -> None:
+    """Make the command of a verb: it calls the function of that name in commands/, and prints what comes of it."""
+    arguments, options = [each.name for each in VERBS[verb].arguments], VERBS[verb].options
 
+    def command(**given: Any) -> None:
+        # Lists that were not given are None to typer, and their own defaults to the options.
+        kept = {k: v for k, v in given.items() if k not in (*arguments, "recipe") and v is not None}
+        chosen = options(**kept)  # refused before anything heavy is imported
+        work = getattr(import_module(f"dk2pnet.commands.{verb}"), verb)
+        with _progress() as run:
+            result = work(**{name: given[name] for name in arguments}, options=chosen, run=run)
+        if is_main():
+            show(result, given)
 
-def _command(verb: str, show: Callable[[Any, Mapping[str, Any]], None]) -> Callable[[_Work], _Work]:
-    """Register what does the work of a verb, called with the arguments and options, and what prints its result."""
-
-    def register(work: _Work) -> _Work:
-        options = VERBS[verb].options
-
-        def command(**given: Any) -> None:
-            names = [each.name for each in VERBS[verb].arguments]
-            arguments = {name: given[name] for name in names}
-            # Lists that were not given are None to typer, and their own defaults to the options.
-            kept = {k: v for k, v in given.items() if k not in (*names, "recipe") and v is not None}
-            with _progress() as run:
-                result = work(arguments | {"options": options(**kept)}, run)
-            if is_main():
-                show(result, given)
-
-        vars(command)["__signature__"] = Signature(_parameters(verb))
-        command.__annotations__ = {each.name: each.annotation for each in _parameters(verb)}
-        app.command(verb, help=work.__doc__)(command)
-        return work
-
-    return register
+    vars(command)["__signature__"] = Signature(_parameters(verb))
+    command.__annotations__ = {each.name: each.annotation for each in _parameters(verb)}
+    app.command(verb, help=VERBS[verb].help)(command)
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------------
@@ -178,47 +171,15 @@ def _show_evaluated(figures: Any, given: Mapping[str, Any]) -> None:
     _say(text)
 
 
-# -- the verbs ---------------------------------------------------------------------------------------------------------
-
-
-@_command("compress", _show_compressed)
-def _compress(given: dict[str, Any], run: Any) -> Any:
-    """Compress a trained CNN: a smaller network as safetensors and ONNX, with a report of what was gained and lost."""
-    from dk2pnet.commands.compress import compress
-
-    return compress(**given, run=run)
-
-
-@_command("explore", _show_curve)
-def _explore(given: dict[str, Any], run: Any) -> Any:
-    """Show the curve before the choice: accuracy against MACs, parameters and latency at about eight budgets."""
-    from dk2pnet.commands.explore import explore
-
-    return explore(**given, run=run)
-
-
-@_command("train", _show_trained)
-def _train(given: dict[str, Any], run: Any) -> Any:
-    """Train a network on labelled images, or beside a teacher. Killed, the same command goes on where it was."""
-    from dk2pnet.commands.train import train
-
-    return train(**given, run=run)
-
-
-@_command("reproduce", _show_reproduced)
-def _reproduce(given: dict[str, Any], run: Any) -> Any:
-    """Repeat the paper's experiment on a data set: teacher, student, every method; a table that grows over days."""
-    from dk2pnet.commands.reproduce import reproduce
-
-    return reproduce(**given, run=run)
-
-
-@_command("evaluate", _show_evaluated)
-def _evaluate(given: dict[str, Any], run: Any) -> Any:
-    """Measure the accuracy of a network, of an OUT folder, or of an ONNX file in ONNX Runtime."""
-    from dk2pnet.commands.evaluate import evaluate
-
-    return evaluate(**given, run=run)
+_SHOWN = {
+    "compress": _show_compressed,
+    "explore": _show_curve,
+    "train": _show_trained,
+    "reproduce": _show_reproduced,
+    "evaluate": _show_evaluated,
+}
+for _verb, _show in _SHOWN.items():
+    _register(_verb, _show)
 
 
 # -- the shell around them ---------------------------------------------------------------------------------------------

@@ -346,14 +346,16 @@ _OUT = Argument("out", "Folder to write; must not exist.", kind=Path)
 
 @dataclass(frozen=True)
 class Verb:
-    """A command: what it is given, and its options."""
+    """A command: what it does, what it is given, and its options."""
 
+    help: str
     arguments: tuple[Argument, ...]
     options: type[Options]
 
 
 VERBS = {
     "compress": Verb(
+        "Compress a trained CNN: a smaller network as safetensors and ONNX, with a report of what was gained and lost.",
         (
             Argument("model", f"{_MODEL}, or an .onnx file."),
             _OUT,
@@ -369,10 +371,17 @@ VERBS = {
         CompressOptions,
     ),
     "explore": Verb(
-        (Argument("model", f"{_MODEL}, or an .onnx file."), _OUT, Argument("data", _ONNX_DATA, None)), ExploreOptions
+        "Show the curve before the choice: accuracy against MACs, parameters and latency at about eight budgets.",
+        (Argument("model", f"{_MODEL}, or an .onnx file."), _OUT, Argument("data", _ONNX_DATA, None)),
+        ExploreOptions,
     ),
-    "train": Verb((Argument("model", f"{_MODEL}."), Argument("data", f"{_DATA}."), _OUT), TrainOptions),
+    "train": Verb(
+        "Train a network on labelled images, or beside a teacher. Killed, the same command goes on where it was.",
+        (Argument("model", f"{_MODEL}."), Argument("data", f"{_DATA}."), _OUT),
+        TrainOptions,
+    ),
     "reproduce": Verb(
+        "Repeat the paper's experiment on a data set: teacher, student, every method; a table that grows over days.",
         (
             Argument("data", "mnist, cifar10, cifar100, svhn, svhn_10k, digits, or as --data.", positional=True),
             Argument("out", "Folder of the runs; a second call adds to it.", kind=Path),
@@ -380,6 +389,7 @@ VERBS = {
         ReproduceOptions,
     ),
     "evaluate": Verb(
+        "Measure the accuracy of a network, of an OUT folder, or of an ONNX file in ONNX Runtime.",
         (
             Argument("model", "A network by name (with --weights), an OUT folder, or an .onnx file."),
             Argument("data", f"{_DATA}."),

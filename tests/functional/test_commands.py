@@ -6,6 +6,7 @@ the seconds that importing PyTorch takes.
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from dk2pnet import load_student
+from dk2pnet.commands.train import _training_options
 from dk2pnet.data import Normalization, load, split_training
 from dk2pnet.errors import InputError
 from dk2pnet.measure import accuracy, predict
+from dk2pnet.options import TrainOptions
 
 HALF = ["compress", "--model", "teacher", "--data", "digits", "--tune", "0", "--budget", "macs=0.5"]
 BY_NAME = ["--model", "lenet", "--data", "digits", "--normalize", "0.5/0.5"]
@@ -58,11 +61,11 @@ def half(place):
 
 
 def reached(room, command, *options, cwd, monkeypatch):
-    """What `command` hands to the pipeline."""
+    """The options that `command` hands on."""
     seen = {}
 
-    def spy(*_, **given):
-        seen.update(given)
+    def spy(*_, options, **given):
+        seen.update(asdict(options))
         raise InputError("seen")
 
     monkeypatch.setattr(f"dk2pnet.commands.{room}", spy)
@@ -77,12 +80,14 @@ def test_options_of_train_reach_the_training(tmp_path, monkeypatch):
     flags = ["--pre-regressor", "--compile", "--lr", 0.3, "--hint", "a=b", "--hint", "c"]
     more = ["--teacher", "resnet20", "--teacher-weights", "w", "--classes", 4, "--images", 50, "--augment", "none"]
     seen = reached(
-        "train.train_network", "train", "--data", "digits", *given, *flags, *more, cwd=tmp_path, monkeypatch=monkeypatch
+        "train.train", "train", "--data", "digits", *given, *flags, *more, cwd=tmp_path, monkeypatch=monkeypatch
     )
     wanted |= {"pre_regressor": True, "compile": True, "learning_rate": 0.3, "hints": ("a=b", "c")}
-    assert {name: getattr(seen["options"], name) for name in wanted} == wanted
-    others = {"teacher": "resnet20", "teacher_weights": "w", "classes": 4, "images": 50, "augment": "none"}
-    assert {name: seen[name] for name in others} == others
+    wanted |= {"teacher": "resnet20", "teacher_weights": "w", "classes": 4, "images": 50, "augment": "none"}
+    assert {name: seen[name] for name in wanted} == wanted
+    handed = _training_options(TrainOptions(**{name: seen[name] for name in asdict(TrainOptions())}))
+    for name in ("epochs", "learning_rate", "weight_decay", "hints", "alpha", "kp_tau", "beta_end", "compile"):
+        assert getattr(handed, name) == wanted[name]
 
 
 SHARED = {"memory": 1.5, "rebuild": False, "seed": 7, "classes": 4, "precision": "bf16", "calibration_images": 70}
@@ -94,12 +99,12 @@ def test_options_of_compress_and_explore_reach_them(command, tmp_path, monkeypat
     given += ["--calibration-images", 70, "--checkpoint-every", 5, "--first", "--keep", "a", "--calibration-data", "b"]
     own = {"points": 3}
     if command == "compress":
-        own = {"method": "kd", "learning_rate": 0.3, "batch_size": 11, "compile": True, "hints": ["a=b"], "epochs": 2}
+        own = {"method": "kd", "learning_rate": 0.3, "batch_size": 11, "compile": True, "hints": ("a=b",), "epochs": 2}
         given += ["--method", "kd", "--lr", 0.3, "--batch-size", 11, "--compile", "--hint", "a=b", "--epochs", 2]
     else:
         given += ["--points", 3]
     seen = reached(f"{command}.{command}", command, *given, cwd=tmp_path, monkeypatch=monkeypatch)
-    wanted = SHARED | own | {"checkpoint_every": 5.0, "first": True, "keep": ["a"], "calibration_data": "b"}
+    wanted = SHARED | own | {"checkpoint_every": 5.0, "first": True, "keep": ("a",), "calibration_data": "b"}
     assert {name: seen[name] for name in wanted} == wanted
 
 

@@ -134,7 +134,7 @@ def named_samples(
             f"data set {training.name!r} gives {len(gather)} images to calibrate with and {len(held_out)} to decide "
             f"with; the graph takes {size} at once: give more images"
         )
-    counts = {"calibration": len(gather), "held out": len(held_out)}
+    counts = {"calibration": batching.whole(len(gather)), "held out": batching.whole(len(held_out))}
     test = test if test is not None and test.labels is not None and batching.whole(len(test)) else None
     if test is not None:
         counts["test"] = batching.whole(len(test))
