@@ -5,10 +5,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dk2pnet.commands import compress_onnx as pipeline
-from dk2pnet.data.arrays import array_feeds, example_feed
+from dk2pnet.commands import compress as pipeline
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.errors import InputError
+from dk2pnet.networks.onnx.network import OnnxNetwork
 from graphs import model, node, save, small, tensor, value, weights
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
@@ -28,7 +28,7 @@ def rank_one(made, name="w2"):
 def compress(made, tmp_path, arrays, budget="kernels=1", **options):
     path = save(made, tmp_path)
     np.savez(tmp_path / "inputs.npz", **arrays)
-    return pipeline.compress_onnx(path, budget, data=str(tmp_path / "inputs.npz"), threads=1, **options)
+    return pipeline.compress(path, str(tmp_path / "inputs.npz"), budget, threads=1, **options)
 
 
 def test_one_kernel_where_there_is_one_changes_nothing(tmp_path):
@@ -39,7 +39,7 @@ def test_one_kernel_where_there_is_one_changes_nothing(tmp_path):
     assert result.plan.layers[1].counts == [1] * 8
     assert student["relative_error"] < 0.1
     x = weights(3, 3, 7, 6, seed=9)
-    old, new = (run_onnx(session(content, 1), x)[0] for content in (made.SerializeToString(), result.content))
+    old, new = (run_onnx(session(each.SerializeToString(), 1), x)[0] for each in (made, result.model))
     np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-3)
     # By hand: 81 positions; the second layer has 8 kernels of 9 numbers and 8 x 16 combinations in the place of 1152.
     assert result.metrics["teacher"]["macs"] == 81 * (27 * 8 + 1152)
@@ -50,7 +50,9 @@ def test_one_kernel_where_there_is_one_changes_nothing(tmp_path):
 
 def test_a_graph_that_rounds_to_few_levels(tmp_path, monkeypatch):
     """Rounding errors move some of very many numbers by a whole level."""
-    monkeypatch.setattr(pipeline, "fastest_forms", lambda layers, table: dict.fromkeys(layers, "concat"))
+    monkeypatch.setattr(
+        "dk2pnet.students.latency_budget.fastest_forms", lambda layers, table: dict.fromkeys(layers, "concat")
+    )
     made = small()
     del made.graph.output[:], made.graph.node[-1]
     made.graph.initializer.extend([tensor("scale", np.float32(0.02)), tensor("zero", np.uint8(0))])
@@ -61,7 +63,9 @@ def test_a_graph_that_rounds_to_few_levels(tmp_path, monkeypatch):
         ]
     )
     made.graph.output.append(value("y", "n", 12, "h", "w"))
-    result = compress(made, tmp_path, {"x": weights(6, 3, 192, 192)}, budget="kernels=2", rebuild=False)
+    result = compress(
+        made, tmp_path, {"x": weights(6, 3, 192, 192)}, budget="kernels=2", rebuild=False, out=tmp_path / "out"
+    )
     assert 1e-3 < result.metrics["student"]["onnx_difference"] < 2e-2
 
 
@@ -87,7 +91,7 @@ def test_an_input_of_no_declared_shape_is_refused(tmp_path):
 
 def test_a_batch_that_is_fixed(tmp_path):
     made = rank_one(small(channels=(3, 8, 16), size=(6, 6), batch=2))
-    result = compress(made, tmp_path, {"x": weights(21, 3, 6, 6)})
+    result = compress(made, tmp_path, {"x": weights(21, 3, 6, 6)}, out=tmp_path / "out")
     # 21 samples: every fifth of them is held out, and what fills no batch of two is left over.
     assert result.metrics["run"]["images"] == {"calibration": 16, "held out": 4}
     assert result.metrics["teacher"]["macs"] == 36 * (27 * 8 + 1152)
@@ -117,16 +121,16 @@ def test_whole_numbers_are_judged_by_what_they_come_from(tmp_path):
 
 def test_weights_alone_need_no_inputs(tmp_path):
     path = save(rank_one(small(channels=(3, 8, 16), size=(6, 6))), tmp_path)
-    result = pipeline.compress_onnx(path, "kernels=1", "weight", threads=1)
+    result = pipeline.compress(path, None, "kernels=1", criterion="weight", threads=1)
     assert result.plan.layers[1].counts == [1] * 8
     assert "relative_error" not in result.metrics["student"]
     x = weights(3, 3, 6, 6, seed=9)
-    old, new = (run_onnx(session(content, 1), x)[0] for content in (path.read_bytes(), result.content))
+    old, new = (run_onnx(session(each.SerializeToString(), 1), x)[0] for each in (onnx.load(path), result.model))
     np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-3)
     path = save(small(), tmp_path)
     with pytest.raises(InputError, match=r"size of the input 'x' is left open, float \(\?, 3, \?, \?\)"):
-        pipeline.compress_onnx(path, "kernels=1", "weight", threads=1)
-    pipeline.compress_onnx(path, "kernels=1", "weight", input_size=8, threads=1)
+        pipeline.compress(path, None, "kernels=1", criterion="weight", threads=1)
+    pipeline.compress(path, None, "kernels=1", criterion="weight", input_size=8, threads=1)
 
 
 def test_budgets_that_cannot_be_reached_and_graphs_without_anything_to_do(tmp_path):
@@ -158,63 +162,6 @@ def test_a_reconstruction_that_cannot_be_done_is_said_to_be_so(tmp_path):
     assert len(result.metrics["student"]["relative_errors"]) == 2
 
 
-# -- feeds -----------------------------------------------------------------------------------------------------------
-
-
-def test_samples_are_split_and_batched(tmp_path):
-    path = tmp_path / "inputs.npz"
-    np.savez(path, a=np.arange(60).reshape(20, 3), b=np.arange(20.0))
-    inputs = [value("a", "n", 3), value("b", kind=TensorProto.FLOAT)]
-    inputs[1].type.tensor_type.shape.Clear()
-    feeds = array_feeds(path, [value("a", "n", 3), value("b", "n")], 20)
-    assert feeds.counts == {"calibration": 16, "held out": 4}
-    assert feeds.example.samples == 4
-    assert [feed.samples for feed in feeds.gather] == [4, 4, 4, 4]
-    assert [feed.samples for feed in feeds.one_by_one.held_out] == [1, 1, 1, 1]
-    seen = [feed.arrays for part in (feeds.gather, feeds.held_out) for feed in part]
-    assert sorted(np.concatenate([each["b"] for each in seen])) == list(range(20))
-    assert all((each["a"] == 3 * each["b"][:, None] + [0, 1, 2]).all() for each in seen)
-    assert seen[0]["a"].dtype == np.float32  # as the graph takes it
-
-
-def test_an_input_without_an_axis_for_samples_is_fed_one_by_one(tmp_path):
-    path = tmp_path / "inputs.npz"
-    np.savez(path, a=weights(10, 3), b=np.full(10, 16000))
-    scalar = helper.make_tensor_value_info("b", TensorProto.INT64, [])
-    feeds = array_feeds(path, [value("a", "n", 3), scalar], 10)
-    assert feeds.example.arrays["a"].shape == (1, 3)
-    assert feeds.example.arrays["b"].shape == ()
-    assert feeds.example.samples == 1
-
-
-@pytest.mark.parametrize(
-    ("arrays", "sentence"),
-    [
-        ({"a": np.zeros((4, 3)), "b": np.zeros(5)}, r"hold \[4, 5\] samples"),
-        ({"a": np.zeros((4, 3))}, r"holds the arrays \['a'\]; expected one for each input of the graph: \['a', 'b'\]"),
-        ({"a": np.zeros((4, 2)), "b": np.zeros(4)}, r"has the shape \(4, 2\); the graph takes float \(\?, 3\)"),
-        ({"a": np.zeros((1, 3)), "b": np.zeros(1)}, r"holds 1 sample\(s\); expected at least 2"),
-        ({"a": np.zeros((4, 3)), "b": np.array(list("abcd"))}, "is <U1; the graph takes float32"),
-    ],
-)
-def test_arrays_that_do_not_fit(arrays, sentence, tmp_path):
-    np.savez(tmp_path / "inputs.npz", **arrays)
-    with pytest.raises(InputError, match=sentence):
-        array_feeds(tmp_path / "inputs.npz", [value("a", "n", 3), value("b", "n")], 10)
-
-
-def test_pickled_arrays_are_not_loaded(tmp_path):
-    np.savez(tmp_path / "inputs.npz", x=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(InputError, match="cannot be read as .npz"):
-        array_feeds(tmp_path / "inputs.npz", INPUTS, 10)
-
-
-def test_noise_in_declared_shapes():
-    feed = example_feed([value("x", "n", 3, "h", 5), value("k", 2, kind=TensorProto.INT64)], 7)
-    assert {name: array.shape for name, array in feed.arrays.items()} == {"x": (1, 3, 7, 5), "k": (2,)}
-    assert feed.arrays["k"].dtype == np.int64
-
-
 @pytest.mark.parametrize("whole_numbers", [False, True])
 def test_a_graph_that_was_rewritten_wrongly_is_refused(tmp_path, monkeypatch, whole_numbers):
     """Also where its output is the best class: compared is what that comes from, and what the new layers give."""
@@ -223,16 +170,17 @@ def test_a_graph_that_was_rewritten_wrongly_is_refused(tmp_path, monkeypatch, wh
         made.graph.node.append(helper.make_node("ArgMax", [made.graph.output[0].name], ["best"], axis=1))
         del made.graph.output[:]
         made.graph.output.append(value("best", "n", 1, "h", "w", kind=TensorProto.INT64))
-    assert compress(made, tmp_path, arrays).metrics["student"]["onnx_difference"] < 1e-3
-    real = pipeline.rewrite
+    good = compress(made, tmp_path, arrays, out=tmp_path / "good")
+    assert good.metrics["student"]["onnx_difference"] < 1e-3
+    real = OnnxNetwork.final
 
-    def wrong(*given):
-        result = real(*given)
+    def wrong(self, forms):
+        result = real(self, forms)
         kernels = next(each for each in result.graph.initializer if len(each.dims) == 4)
         kernels.CopyFrom(numpy_helper.from_array(1.1 * numpy_helper.to_array(kernels), kernels.name))
         return result
 
-    monkeypatch.setattr(pipeline, "rewrite", wrong)
+    monkeypatch.setattr(OnnxNetwork, "final", wrong)
     with pytest.raises(InputError, match=r"differs by .* was not written"):
         compress(made, tmp_path, arrays, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -242,6 +190,6 @@ def test_multiply_adds_are_those_of_one_image_where_the_batch_is_fixed(tmp_path)
     plans = []
     for batch in ("n", 4):
         made = small(size=(9, 9), batch=batch)
-        plans.append(pipeline.compress_onnx(save(made, tmp_path), "kernels=1", criterion="weight", threads=1).plan)
+        plans.append(pipeline.compress(save(made, tmp_path), None, "kernels=1", criterion="weight", threads=1).plan)
     assert plans[0].macs_dense == plans[1].macs_dense
     assert [layer.macs for layer in plans[0].layers] == [layer.macs for layer in plans[1].layers]

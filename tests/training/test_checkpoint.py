@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dk2pnet.errors import InputError
-from dk2pnet.training.checkpoint import Checkpoints
 from dk2pnet.run.seed import random_state, set_random_state
+from dk2pnet.training.checkpoint import Checkpoints
 
 IDENTITY = {"lr": 0.1, "hints": ("a=b",), "student": "0123"}
 LOGGER = "dk2pnet.training.checkpoint"

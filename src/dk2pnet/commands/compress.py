@@ -25,7 +25,7 @@ from dk2pnet.run.unfinished import unfinished
 from dk2pnet.students.figures import Figures, layer_figures
 from dk2pnet.students.loss_budget import confirm, decide
 from dk2pnet.students.probes import Prober
-from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.teacher import Teacher, check_for_onnx
 from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.trainer import TrainingOptions
 
@@ -88,6 +88,7 @@ def compress(
     """
     chosen = CompressOptions.of(options, flat)
     wanted = Budget.parse(budget)
+    check_for_onnx(model, chosen)
     _check(wanted, data, chosen)
     check_out(out, chosen.overwrite)
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work, ExitStack() as whole:

@@ -32,7 +32,7 @@ from dk2pnet.run.unfinished import unfinished
 from dk2pnet.students.allocate import candidates_of
 from dk2pnet.students.latency_budget import choose_forms
 from dk2pnet.students.probes import Probe, Prober
-from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.teacher import Teacher, check_for_onnx
 
 __all__ = ["compress_command", "default_budgets", "explore", "knee"]
 
@@ -81,6 +81,7 @@ def explore(
     if data is None and chosen.calibration_data is None:
         raise InputError("explore measures on images and none were given; give --data")
     check_target(chosen.target or "onnxruntime")
+    check_for_onnx(model, chosen)
     check_out(out, chosen.overwrite)
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work, ExitStack() as whole:
         teacher = Teacher.open(model, data, chosen, work)

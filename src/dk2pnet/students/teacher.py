@@ -15,6 +15,7 @@ from dk2pnet.data import ImageData, has_split
 from dk2pnet.data.samples import Samples, any_split, array_samples, named_samples, user_samples
 from dk2pnet.data.sources import load_test
 from dk2pnet.decompose.moments import CRITERIA
+from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Site
@@ -24,7 +25,18 @@ from dk2pnet.run.run import Run
 from dk2pnet.students.tuning_steps import Tuning, tuning_of
 from dk2pnet.training.checkpoint import digest_of
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "check_for_onnx"]
+
+
+def check_for_onnx(model: object, options: CompressOptions | ExploreOptions) -> None:
+    """`InputError` for what does not go with an ONNX file, where `model` is one: before anything is read."""
+    if not is_onnx_file(model):
+        return
+    options.check_for_onnx()
+    if options.target is not None and not is_onnx(options.target):
+        raise InputError(
+            f"target is {options.target!r}; expected one that reads ONNX files for an .onnx model: onnxruntime, ..."
+        )
 
 
 @dataclass
@@ -127,8 +139,6 @@ def _running(
         raise InputError(
             "training needs the network's own images (--data); --calibration-data only calibrates and tunes"
         )
-    if is_onnx_file(model):
-        options.check_for_onnx()
     named = data if data is None or isinstance(data, str) else ""
     if named is None:
         named = options.calibration_data
@@ -183,6 +193,8 @@ def _samples(
         )
     if data is None:
         return None
+    if isinstance(data, str) and (holdout is not None or options.holdout_split is not None):
+        raise InputError(f"the held-out samples of {data} decide; a holdout goes with images: leave it away")
     if isinstance(holdout, str) or options.holdout_split is not None:
         raise InputError("data are batches, so the holdout has to be batches too; give holdout=BATCHES")
     if isinstance(data, str):  # arrays by the names of the network's inputs

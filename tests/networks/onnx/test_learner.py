@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from dk2pnet.data.arrays import Feed
 from dk2pnet.decompose.solve import solve
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
-from dk2pnet.networks.onnx.learner import AsTorch, NotConvertible
+from dk2pnet.networks.network import NotLearnable
+from dk2pnet.networks.onnx.learner import AsTorch
 from dk2pnet.networks.onnx.read import read_onnx
 from dk2pnet.networks.onnx.rewrite import rewrite
 from dk2pnet.networks.onnx.runner import tensors_of
@@ -123,7 +124,7 @@ def integers(made):
 
 def test_what_cannot_be_had_says_why(tmp_path, monkeypatch):
     made, outputs = integers(small(channels=(3, 8, 16)))
-    with pytest.raises(NotConvertible, match="'class' holds whole numbers"):
+    with pytest.raises(NotLearnable, match="'class' holds whole numbers"):
         converted(made, tmp_path, outputs)
     made = small(channels=(3, 8, 16))
     made.graph.node[-1].output[0] = "pooled"
@@ -132,18 +133,18 @@ def test_what_cannot_be_had_says_why(tmp_path, monkeypatch):
     made.graph.node.append(helper.make_node("Identity", ["pooled"], ["y"]))
     made.graph.initializer.append(tensor("i", np.eye(2, dtype=np.float32)))
     made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    with pytest.raises(NotConvertible, match="onnx2fx cannot convert it"):
+    with pytest.raises(NotLearnable, match="onnx2fx cannot convert it"):
         converted(made, tmp_path)
     network = read_onnx(save(small(channels=(3, 8, 16)), tmp_path))
     feed = Feed({"x": weights(2, 3, 9, 9)})
     sites = [site for site in network.sites if not site.reason]
     wrong = {"y": tensors_of(network.proto, ["y"], 1)(feed)["y"] * 1.001}
-    with pytest.raises(NotConvertible, match=r"'y' differs from ONNX Runtime's by \d\.\de-0\d"):
+    with pytest.raises(NotLearnable, match=r"'y' differs from ONNX Runtime's by \d\.\de-0\d"):
         AsTorch(network, sites, ["y"], feed, wrong)
-    with pytest.raises(NotConvertible, match="something else than one float input"):
+    with pytest.raises(NotLearnable, match="something else than one float input"):
         AsTorch(network, sites, ["y"], Feed({"x": weights(2, 3, 9)}), wrong)
     monkeypatch.setitem(sys.modules, "onnx2fx", None)
-    with pytest.raises(NotConvertible, match=r"pip install 'dk2pnet\[onnx-tuning\]'"):
+    with pytest.raises(NotLearnable, match=r"pip install 'dk2pnet\[onnx-tuning\]'"):
         AsTorch(network, sites, ["y"], feed, wrong)
 
 
