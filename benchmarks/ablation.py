@@ -16,12 +16,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from dk2pnet.run.device import environment, pick_device
-
 from common import plain_parser, write_results
-from dk2pnet.commands.train import train_network
+from dk2pnet.commands.train import train
+from dk2pnet.run.device import environment, pick_device
 from dk2pnet.training.losses import METHODS, Method, kp_channel
-from dk2pnet.training.trainer import TrainingOptions
 
 # KP as FitNets trains its hints: the middle one alone for a quarter of the epochs, then the softened logits.
 METHODS["kp-channel, two stages"] = Method(hint=kp_channel, beta=10.0, regress="always", two_stage=True)
@@ -76,15 +74,8 @@ def main() -> None:
             out = folder / f"{stem(name)}-{options.epochs}-{seed}"
             if not out.exists():
                 how = {"epochs": options.epochs, "learning_rate": options.lr, "seed": seed, **ROWS[name]}
-                train_network(
-                    options.student,
-                    options.data,
-                    out,
-                    teacher=None if name == "labels" else options.teacher,
-                    options=TrainingOptions(**how),
-                    recipe={**how, "hints": list(how.get("hints", ()))},
-                    data_dir=options.data_dir,
-                )
+                teacher = None if name == "labels" else options.teacher
+                train(options.student, options.data, out=out, teacher=teacher, data_dir=options.data_dir, **how)
             collect(folder, options)
             print(out.name, flush=True)
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import time
 
-from dk2pnet.run.device import environment, pick_device
-
 import dk2pnet
 from common import network_parser, read_results, write_results
+from dk2pnet.run.device import environment, pick_device
 
 
 def main() -> None:
@@ -35,9 +34,9 @@ def main() -> None:
                 start = time.perf_counter()
                 metrics = dk2pnet.compress(
                     options.model,
-                    budget,
-                    criterion,
                     options.data,
+                    budget,
+                    criterion=criterion,
                     tune=0,
                     weights=options.weights,
                     normalize=options.normalize,

@@ -14,18 +14,17 @@ import time
 from pathlib import Path
 
 import torch
-from dk2pnet.run.device import environment
 from rich.console import Console
 
 import dk2pnet
 from common import write_results
 from dk2pnet.commands.evaluate import evaluate
-from dk2pnet.commands.train import train_network
+from dk2pnet.commands.train import train
 from dk2pnet.deploy.export import export_onnx
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.measure import macs, parameters
 from dk2pnet.report.tables import format_count, rich_table
-from dk2pnet.training.trainer import TrainingOptions
+from dk2pnet.run.device import environment
 
 BUDGET = "macs=0.07"
 HEADER = ("network", "accuracy", "parameters", "MACs", "ONNX file", "latency")
@@ -55,9 +54,7 @@ def run(folder: Path, console: Console) -> list[dict]:
     """Train, compress, export, evaluate, time."""
     teacher = folder / "teacher"
     console.print("training the teacher ...")
-    train_network(
-        "vgg8", "digits", teacher, input_size=16, options=TrainingOptions(epochs=5, learning_rate=0.05, batch_size=64)
-    )
+    train("vgg8", "digits", out=teacher, input_size=16, epochs=5, learning_rate=0.05, batch_size=64)
     model, plan = dk2pnet.load_student(teacher)
     assert plan.input_shape is not None
     example = torch.zeros(1, *plan.input_shape)
@@ -79,7 +76,7 @@ def run(folder: Path, console: Console) -> list[dict]:
         console.print(f"compressing: {name} ...")
         out = folder / name.replace(" ", "")
         options = {"tune": tune, "epochs": epochs, "batch_size": 64, "learning_rate": 0.02, "calibration_images": 500}
-        result = dk2pnet.compress(str(teacher), BUDGET, criterion, "digits", out=out, **options)
+        result = dk2pnet.compress(str(teacher), "digits", BUDGET, criterion=criterion, out=out, **options)
         student = result.metrics["student"]
         rows.append({"name": name, "parameters": student["parameters"], "macs": student["macs"], "folder": out})
     files = {row["name"]: row["folder"] / "model.onnx" for row in rows}

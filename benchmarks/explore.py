@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--tune", default=None)
     options = parser.parse_args()
     common = {"weights": options.weights, "normalize": options.normalize, "data_dir": options.data_dir}
-    one = dk2pnet.compress(options.model, "macs=0.3", "loss", options.data, tune=0, **common)
+    one = dk2pnet.compress(options.model, options.data, "macs=0.3", criterion="loss", tune=0, **common)
     metrics = dk2pnet.explore(
         options.model,
         options.data,
-        "loss",
+        criterion="loss",
         tune=options.tune,
         threads=torch.get_num_threads(),
         out=options.runs / f"explore-{options.model}",

@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from dk2pnet.run.device import environment
 from torch import nn
 
 import dk2pnet
@@ -19,6 +18,7 @@ from common import write_results
 from dk2pnet.deploy.export import check_onnx, export_onnx, multiplier_convolutions
 from dk2pnet.nets import NETS
 from dk2pnet.networks.named import make_network
+from dk2pnet.run.device import environment
 
 TORCHVISION = ("resnet18", "vgg11_bn", "mobilenet_v3_small", "convnext_tiny")
 
@@ -43,7 +43,7 @@ def measure(name: str, model: nn.Module, side: int) -> dict:
     example = torch.randn(1, 3, side, side)
     row: dict = {"model": name, "decomposed": 0}
     try:
-        result = dk2pnet.compress(model, "kernels=2", "weight", example_input=example)
+        result = dk2pnet.compress(model, budget="kernels=2", criterion="weight", example_input=example)
         student, row["decomposed"] = result.model, sum(layer.counts is not None for layer in result.plan.layers)
     except dk2pnet.InputError as error:
         student, row["said"] = model.eval(), str(error)

@@ -4,7 +4,7 @@
 
 Two small networks are changed by what the seed says: bytes overturned, cut out, doubled or cut off; weights missing,
 mislabelled, not finite, of another type, in files elsewhere; attributes, names, shapes, types, operator sets and
-operators changed. Each file goes through `compress_onnx` in a process of its own. Outcomes:
+operators changed. Each file goes through `compress` in a process of its own. Outcomes:
 
 refused    `InputError`, nothing written
 correct    a folder whose model.onnx the checker accepts, that runs as the original does, with outputs of the same
@@ -34,9 +34,11 @@ import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from common import plain_parser, read_results, write_results
-from dk2pnet.commands import compress_onnx as pipeline
-from dk2pnet.data.arrays import Feed, array_feeds
+from dk2pnet.commands.compress import compress
+from dk2pnet.data.arrays import Feed
+from dk2pnet.data.samples import array_samples
 from dk2pnet.errors import InputError
+from dk2pnet.networks.onnx import network
 
 SECONDS = 120
 
@@ -49,7 +51,7 @@ def rank_one(random: np.random.Generator, outputs: int, inputs: int) -> np.ndarr
     return np.einsum("nc,cij->ncij", random.standard_normal((outputs, inputs)), random.standard_normal((inputs, 3, 3)))
 
 
-def network(number: int) -> ModelProto:
+def small_network(number: int) -> ModelProto:
     """0: a plain one with a batch norm and weights in initialisers; 1: residual, a subgraph, weights in Constants."""
     random = np.random.default_rng(number)
     values = {
@@ -308,7 +310,7 @@ CHANGES_WEIGHTS = ("overturned", "cut out", "doubled", "dims and data", "type", 
 
 def changed(seed: int) -> tuple[str, bytes]:
     random = np.random.default_rng(seed)
-    model = network(seed % 2)
+    model = small_network(seed % 2)
     if random.random() < 0.35:
         return bytes_changed(random, model.SerializeToString())
     kinds = [structure_changed(random, model) for _ in range(1 if random.random() < 0.7 else 2)]
@@ -320,16 +322,14 @@ def changed(seed: int) -> tuple[str, bytes]:
 
 def tried(seed: int, place: str, report: str) -> None:
     """In a process of its own: compress, and write what came of it."""
-    for room in ("deploy.costs", "pipelines.speed", "pipelines.compress_onnx"):  # time is not what this is about
+    for room in ("deploy.costs", "students.latency_budget", "commands.deliver"):  # time is not what this is about
         module = __import__(f"dk2pnet.{room}", fromlist=["compare_latency"])
         module.compare_latency = functools.partial(module.compare_latency, seconds=0.01, rounds_min=2)
-    pipeline.probe = functools.partial(pipeline.probe, seconds=20)
+    network.probe = functools.partial(network.probe, seconds=20)
     folder = Path(place)
     kind, content = changed(seed)
     try:
-        pipeline.compress_onnx(
-            folder / "model.onnx", "kernels=1", data=str(folder / "inputs.npz"), threads=1, out=folder / "out"
-        )
+        compress(folder / "model.onnx", str(folder / "inputs.npz"), "kernels=1", threads=1, out=folder / "out")
         outcome, said = "written", ""
     except InputError as error:
         outcome, said = "refused", str(error).replace(place, "")
@@ -347,13 +347,13 @@ def check_written(kind: str, folder: Path) -> str:
     onnx.checker.check_model(content)
     old = onnxruntime.InferenceSession((folder / "model.onnx").read_bytes(), providers=["CPUExecutionProvider"])
     new = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    inputs = [each for each in onnx.load_from_string(content).graph.input if each.name == "x"]
     if [each.name for each in new.get_inputs()] != [each.name for each in old.get_inputs()]:
         return "other inputs"
-    feeds = array_feeds(folder / "inputs.npz", inputs, 2000)
+    original = network.OnnxNetwork.read(folder / "model.onnx")
+    samples = array_samples(original.arrays(str(folder / "inputs.npz")), 2000, original.batching)
     metrics = json.loads((folder / "out" / "metrics.json").read_text())
     off = energy = 0.0
-    for feed in feeds.held_out:
+    for feed, _ in samples.held_out:
         pairs = list(zip(run(old, feed), run(new, feed), strict=True))
         if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
             return "outputs of another shape"

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dk2pnet.run.device import environment, pick_device
 from torch import nn
 
 import dk2pnet
 from common import network_parser, read_results, write_results
 from dk2pnet.deploy.costs import DENSE, LatencyTable, Spot, gathered
+from dk2pnet.run.device import environment, pick_device
 
 LAYERS = ((16, 32), (32, 16), (64, 8), (64, 56), (128, 28), (256, 14), (512, 7))
 TARGETS = ("onnxruntime", "onnxruntime-int8")
@@ -57,9 +57,9 @@ def compressed(options: argparse.Namespace, budget: str, target: str) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         metrics = dk2pnet.compress(
             options.model,
-            budget,
-            "loss",
             options.data,
+            budget,
+            criterion="loss",
             tune=0,
             weights=options.weights,
             normalize=options.normalize,

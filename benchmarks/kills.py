@@ -19,9 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from dk2pnet.run.device import environment, pick_device
-
 from common import plain_parser, write_results
+from dk2pnet.run.device import environment, pick_device
 
 
 def command(out: Path, epochs: int, threads: int) -> list[str]:

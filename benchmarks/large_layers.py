@@ -17,27 +17,27 @@ import time
 from collections.abc import Iterator
 
 import torch
-from dk2pnet.run.device import environment
 from torch import Tensor
 
 import dk2pnet
 from common import plain_parser, write_results
 from dk2pnet.measure import predict
 from dk2pnet.networks.named import make_network
+from dk2pnet.run.device import environment
 
-BATCH = 16
+BATCH, SIZE = 16, 224
 
 
 class RandomImages:
     """Batches of normalised noise, the same in every pass."""
 
-    def __init__(self, images: int, size: int) -> None:
-        self.images, self.size = images, size
+    def __init__(self, images: int) -> None:
+        self.images = images
 
     def __iter__(self) -> Iterator[Tensor]:
         for start in range(0, self.images, BATCH):
             generator = torch.Generator().manual_seed(start)
-            yield torch.randn(min(BATCH, self.images - start), 3, self.size, self.size, generator=generator)
+            yield torch.randn(min(BATCH, self.images - start), 3, SIZE, SIZE, generator=generator)
 
 
 def main() -> None:
@@ -71,12 +71,12 @@ def measure(name: str, images: int, criterion: str, budget: str, rebuild: bool) 
     torch.manual_seed(0)
     model = make_network(name).eval()
     # calibration keeps four of five images, so that `images` of them are gathered from
-    data = RandomImages(images * 5 // 4, 224)
-    part = [(x, None) for x in RandomImages(2 * BATCH, 224)]
+    data = RandomImages(images * 5 // 4)
+    part = [(x, None) for x in RandomImages(2 * BATCH)]
     predict(model, part[:1])
     before = _forward(model, part)
     options = {"calibration_images": images * 5 // 4, "rebuild": rebuild}
-    result = dk2pnet.compress(model, budget, criterion, data, **options)
+    result = dk2pnet.compress(model, data, budget, criterion=criterion, **options)
     forward = (before + _forward(model, part)) / 2 / (2 * BATCH) * images
     seconds = result.metrics["run"]["seconds"]
     return {

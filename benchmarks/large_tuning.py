@@ -16,42 +16,36 @@ import time
 from dataclasses import replace
 
 import torch
-from dk2pnet.run.device import environment
 
 from common import plain_parser, write_results
-from dk2pnet.data.samples import user_images
-from dk2pnet.measure import predict
 from dk2pnet.networks.named import make_network
-from dk2pnet.networks.open import Network
+from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Budget
+from dk2pnet.run.device import environment
+from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import ClosedForm
-from dk2pnet.students.tuning import OPTIONS, Tuner
+from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.tuning import Tuner
+from dk2pnet.training.trainer import TUNING
+
+SIZE = 224
 
 
 def measure(model: str, steps: int, batch: int) -> dict:
     """One batch size, in this process."""
     torch.manual_seed(0)
-    teacher = make_network(model).eval()
+    network = make_network(model).eval()
     # Every fifth image only decides, so that what is left of a batch has the size asked for.
-    data = [torch.randn(batch * 5 // 4, 3, 224, 224) for _ in range(2)]
-    images = user_images(data, None, 10_000)
-    example = data[0][:1]
-    held = predict(teacher, images.held_out)
-    with ClosedForm(
-        teacher, held, Network(teacher, None, None), images, example, "response", memory=2**30, rebuild=False
-    ) as closed:
+    data = [torch.randn(batch * 5 // 4, 3, SIZE, SIZE) for _ in range(2)]
+    how = {"criterion": "response", "memory": 1.0, "rebuild": False, "calibration_images": 10_000, "tune": steps}
+    ready = Teacher.open(network, data, CompressOptions(**how), Run())
+    with ClosedForm(ready, Run()) as closed:
         solved = closed.solve(Budget.parse("macs=0.4"), whiten=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times: list[float] = []
-    tuner = Tuner(
-        teacher,
-        held,
-        images,
-        example=example,
-        options=replace(OPTIONS, batch_size=batch),
-        progress=lambda *_: times.append(time.perf_counter()),
-    )
-    tuner._train(solved.student, solved, steps, None, tuner.options.learning_rate)
+    run = Run(lambda *_: times.append(time.perf_counter()))
+    tuner = Tuner(ready, run, replace(TUNING, batch_size=batch))
+    tuner._train(solved.student.model, solved, steps, None, tuner.options.learning_rate)  # type: ignore[attr-defined]
     seconds = statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
     return {
         "batch": batch,

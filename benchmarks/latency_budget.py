@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dk2pnet.run.device import environment, pick_device
-
 import dk2pnet
 from common import network_parser, read_results, write_results
+from dk2pnet.run.device import environment, pick_device
 
 
 def main() -> None:
@@ -36,9 +35,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             metrics = dk2pnet.compress(
                 options.model,
-                budget,
-                options.criterion,
                 options.data,
+                budget,
+                criterion=options.criterion,
                 tune=0,
                 weights=options.weights,
                 normalize=options.normalize,

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from dk2pnet.run.device import environment, pick_device
 from torch import nn
 
 from common import plain_parser, read_results, write_results
@@ -21,6 +20,7 @@ from dk2pnet.deploy.emit import plain_layer
 from dk2pnet.deploy.export import onnx_bytes
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.layer import DKConv2d
+from dk2pnet.run.device import environment, pick_device
 
 CHANNELS, SIZES, KERNELS, FORMS = (64, 128, 256, 512), (56, 28, 14, 7), (1, 2, 3), ("branches", "concat", "gathered")
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dk2pnet.run.device import environment, pick_device
 
 import dk2pnet
 from common import plain_parser, read_results, write_results
 from dk2pnet.deploy.export import export_onnx
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.networks.named import make_network
+from dk2pnet.run.device import environment, pick_device
 
 BUDGETS = {"resnet18": (0.5, 0.25), "vgg16_bn": (0.7, 0.5, 0.25), "resnet50": (0.85, 0.5)}
 
@@ -59,8 +59,8 @@ def measured(name: str, fraction: float, threads: int, example: torch.Tensor) ->
         try:
             found = dk2pnet.compress(
                 teacher,
-                f"latency={fraction:g}",
-                "weight",
+                budget=f"latency={fraction:g}",
+                criterion="weight",
                 example_input=example,
                 threads=threads,
                 out=Path(folder) / "out",

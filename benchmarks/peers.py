@@ -37,11 +37,12 @@ from dk2pnet.networks.network import Site
 from dk2pnet.networks.open import load_data, open_network
 from dk2pnet.networks.torch.corrections import reestimate_batch_norm
 from dk2pnet.networks.torch.gather import gather_moments
+from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.run.device import environment, pick_device
-from dk2pnet.run.progress import silent
+from dk2pnet.run.run import Run
 from dk2pnet.students.latency_budget import choose_forms
-from dk2pnet.training.fit import fit
+from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.trainer import TrainingOptions
 from peer_methods import channel_pca, cp, gdws, gdws_weights, pruned, spatial_svd, tucker
 
@@ -153,9 +154,9 @@ class Harness:
             options = self.options
             student = dk2pnet.compress(
                 options.model,
-                f"macs={budget:g}",
-                method.split(", ")[1],
                 options.data,
+                f"macs={budget:g}",
+                criterion=method.split(", ")[1],
                 tune=0,
                 weights=options.weights,
                 normalize=options.normalize,
@@ -176,8 +177,8 @@ class Harness:
 
     def latency(self, student: nn.Module) -> float:
         """Relative to the teacher in ONNX Runtime, one thread; DK layers in the forms that are fastest there."""
-        sizes = {site.name: site.input_size for site in self.sites}
-        forms = choose_forms(student, sizes, LatencyTable("onnxruntime", 1)) if _has_dk(student) else {}
+        sites = {site.name: site for site in self.sites}
+        forms = choose_forms(TorchNetwork(student), sites, LatencyTable("onnxruntime", 1))
         networks = {
             "teacher": onnx_bytes(self.teacher, self.example),
             "student": onnx_bytes(student, self.example, forms=forms),
@@ -190,22 +191,9 @@ class Harness:
         options = TrainingOptions(
             epochs=int(STEPS["epochs"]), batch_size=128, learning_rate=STEPS["learning_rate"], method="kd", seed=0
         )
-        fit(
-            student,
-            images,
-            options,
-            example=self.example,
-            teacher=self.teacher,
-            name=self.options.data,
-            normalization=self.norm,
-            device=torch.device("cpu"),
-            progress=silent,
-        )
+        source = Source(images, self.options.data, self.norm)
+        fit(student, source, options, Run(), example=self.example, teacher=self.teacher)
         return self.accuracy(student.eval())
-
-
-def _has_dk(model: nn.Module) -> bool:
-    return any(isinstance(module, dk2pnet.DKConv2d) for module in model.modules())
 
 
 def main() -> None:

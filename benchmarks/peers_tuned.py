@@ -23,19 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dk2pnet.run.device import environment, pick_device
 from torch import Tensor, nn
 
 from common import Rows, network_parser, searched
 from dk2pnet.data import split_training
-from dk2pnet.data.samples import named_images
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import Predictions, accuracy, agreement, divergence, macs, parameters, predict
-from dk2pnet.networks.open import load_data, open_network
+from dk2pnet.networks.open import load_data
 from dk2pnet.networks.torch.gather import gather_moments
+from dk2pnet.options import CompressOptions
+from dk2pnet.run.device import environment, pick_device
+from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import Solved
-from dk2pnet.students.tuning import OPTIONS, Tuner
+from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.tuning import Tuner
+from dk2pnet.training.trainer import TUNING
 from dk2pnet.training.whitened import whitening_of
 from peers import METHODS, Harness
 
@@ -54,9 +57,9 @@ class Tuned(Harness):
         _, validation = split_training(training)
         self.validation = validation.without_labels().batches(128, self.norm)
         self.wanted = predict(self.teacher, self.validation)
-        network = open_network(options.model, weights=options.weights, normalize=options.normalize, data=training)
         self.inputs: dict[str, Tensor] = {}
-        self.calibration = named_images(training, None, network, 2000)
+        how = {"weights": options.weights, "normalize": options.normalize, "data_dir": options.data_dir}
+        self.ready = Teacher.open(options.model, options.data, CompressOptions(tune=STEPS, **how), Run())
 
     def start(self, method: str, budget: float, seed: int) -> nn.Module:
         """The student that a method gives, before any tuning."""
@@ -74,20 +77,12 @@ class Tuned(Harness):
     def tuned(self, student: nn.Module, rate: float, batch_norm: str, whitened: bool, seed: int) -> nn.Module | None:
         """The last step's student with the batch norm that is closer to the teacher; None if tuning brought it no
         closer on the held-out images, where `compress` too keeps the student as it was."""
-        tuner = Tuner(
-            self.teacher,
-            self.answers,
-            self.calibration,
-            example=self.example,
-            name=self.options.data,
-            normalization=self.norm,
-            seed=seed,
-            options=replace(OPTIONS, learning_rate=rate, batch_norm=batch_norm),
-            whitened=whitened,
-        )
+        options = replace(TUNING, learning_rate=rate, batch_norm=batch_norm)
+        tuner = Tuner(self.ready, Run(seed=seed), options, whitened)
         nothing: Any = None  # the plan plays no part in tuning
-        solved = Solved(student, nothing, whitenings=self.whitenings(student) if whitened else {})
-        return tuner.tune(solved, STEPS)
+        start = replace(self.ready.network, model=student)  # type: ignore[type-var]
+        tuned: Any = tuner.tune(Solved(start, nothing, whitenings=self.whitenings(student) if whitened else {}), STEPS)
+        return None if tuned is None else tuned.model
 
     def whitenings(self, student: nn.Module) -> dict[str, Whitening]:
         """Of all DK layers, by the moments of the teacher's inputs."""

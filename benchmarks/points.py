@@ -21,33 +21,34 @@ from common import network_parser, write_results
 from dk2pnet.data.images import batch_size_for
 from dk2pnet.errors import InputError
 from dk2pnet.estimates import estimate
-from dk2pnet.measure import accuracy, predict
+from dk2pnet.measure import accuracy
+from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Budget
-from dk2pnet.run.clock import Clock
 from dk2pnet.run.device import environment
-from dk2pnet.run.progress import silent
-from dk2pnet.students.probes import Probe, Prober, smallest
-from dk2pnet.students.teacher import prepare
+from dk2pnet.run.run import Run
+from dk2pnet.students.loss_budget import smallest
+from dk2pnet.students.probes import Probe, Prober
+from dk2pnet.students.teacher import Teacher
 
 
 class Shared:
     """A prober that makes every network once, and knows how long each took."""
 
     def __init__(self, prober: Prober, folder: Path) -> None:
-        self.prober, self.device, self.path = prober, prober.device, folder / "seconds.json"
+        self.prober, self.run, self.path = prober, prober.run, folder / "seconds.json"
         self.made: dict[str, Probe] = {}
         self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.asked: list[str] = []
 
     def make(self, budget: Budget) -> Probe:
         name = str(budget)
-        self.asked.append(name)
         if name not in self.made:
             start = time.perf_counter()
             self.made[name] = self.prober.make(budget)
             self.seconds.setdefault(name, time.perf_counter() - start)
             self.path.write_text(json.dumps(self.seconds))
             print(name, f"{self.seconds[name]:.0f} s", flush=True)
+        self.asked.append(name)  # only what can be made
         return self.made[name]
 
 
@@ -57,57 +58,28 @@ def main() -> None:
     parser.add_argument("--drops", nargs="+", type=float, default=[0.5, 1.0, 2.0])
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    cpu = torch.device("cpu")
-    ready = prepare(
-        options.model,
-        options.data,
-        "loss",
-        weights=options.weights,
-        normalize=options.normalize,
-        data_dir=options.data_dir,
-        test_data=None,
-        holdout=None,
-        holdout_split="test[:50%]",
-        example_input=None,
-        input_size=None,
-        classes=None,
-        calibration_images=2000,
-        tune=None,
-        epochs=0,
-        seed=0,
-        device=cpu,
-    )
-    images, norm = ready.images, ready.network.normalization
-    assert images is not None
-    assert images.validation is not None
-    assert norm is not None
-    validation = images.validation.batches(batch_size_for(images.validation.size), norm)
-    deciders = {"the validation tenth": validation, "test[:50%]": images.decide}
-    reported = predict(ready.teacher, images.test)  # type: ignore[arg-type]
+    how = {"weights": options.weights, "normalize": options.normalize, "data_dir": options.data_dir}
+    run = Run()
+    ready = Teacher.open(options.model, options.data, CompressOptions(holdout_split="test[:50%]", **how), run)
+    network, samples = ready.network, ready.samples
+    assert samples is not None
+    assert samples.validation is not None
+    assert samples.test is not None
+    assert network.normalization is not None
+    validation = samples.validation.batches(batch_size_for(samples.validation.size), network.normalization)
+    deciders = {"the validation tenth": validation, "test[:50%]": samples.decide}
+    reported = network.predict(samples.test, run)
     rows = []
-    with ready.prober(
-        keep=(),
-        first=False,
-        memory=2.0,
-        rebuild=True,
-        augment=None,
-        precision="auto",
-        checkpoint_every=60.0,
-        target="onnxruntime",
-        threads=None,
-        folder=options.runs,
-        clock=Clock(),
-        progress=silent,
-    ) as prober:
+    with Prober(ready, options.runs, run) as prober:
         shared = Shared(prober, options.runs)
         for decider, batches in deciders.items():
-            teacher = predict(ready.teacher, batches)  # type: ignore[arg-type]
+            teacher = network.predict(batches, run)
             for drop in options.drops:
                 shared.asked = []
                 row = {"drop": drop, "decided_by": decider, "teacher_there": accuracy(teacher)}
                 try:
                     found = smallest(Budget("drop", drop), "macs", shared, teacher, batches)  # type: ignore[arg-type]
-                    answers = predict(found.probe.student, images.test)  # type: ignore[arg-type]
+                    answers = found.probe.student.predict(samples.test, run)
                     row |= {
                         "budget": str(found.probe.budget),
                         "macs_kept": found.probe.solved.plan.macs / found.probe.solved.plan.macs_dense,
@@ -125,7 +97,7 @@ def main() -> None:
                     "teacher_accuracy_reported": accuracy(reported),
                     "tuning_steps": prober.steps,
                     "rows": rows,
-                    "environment": environment(cpu),
+                    "environment": environment(torch.device("cpu")),
                 }
                 write_results(f"points-{options.model}", result)
 

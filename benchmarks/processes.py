@@ -19,7 +19,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from dk2pnet.run.device import environment, pick_device
 
 from common import plain_parser, write_results
 from dk2pnet import processes
@@ -27,6 +26,7 @@ from dk2pnet.data import Normalization, load
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.networks.named import make_network
 from dk2pnet.networks.torch.gather import gather_moments
+from dk2pnet.run.device import environment, pick_device
 
 IMAGES = 1200
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from dk2pnet.run.device import environment, pick_device
 from torch import Tensor, nn
 
 from common import plain_parser, read_results, write_results
@@ -29,6 +28,7 @@ from dk2pnet.data import ImageData, Normalization
 from dk2pnet.layer import DKConv2d
 from dk2pnet.modules import replace_modules
 from dk2pnet.networks.named import make_network
+from dk2pnet.run.device import environment, pick_device
 from dk2pnet.training import trainer
 from dk2pnet.training.trainer import TrainingOptions, train
 
@@ -68,7 +68,7 @@ def turn(
 ) -> list[float]:
     """Seconds of each step of a short training, the first two left out."""
     moments: list[float] = []
-    with mock.patch.object(trainer, "_LAYOUT", layout):
+    with mock.patch.object(trainer, "layout_of", return_value=layout):
         train(
             student,
             lambda epoch: data,

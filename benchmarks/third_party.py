@@ -388,12 +388,12 @@ def run_in_package(mode: str, name: str, folder: Path, out: Path) -> None:
 
 
 def row_of(name: str, budget: str, tune: str, work: Path, threads: int) -> dict[str, Any]:
-    from dk2pnet.commands.compress_onnx import compress_onnx
+    from dk2pnet.commands.compress import compress
     from dk2pnet.errors import InputError
     from dk2pnet.networks.onnx.read import read_onnx
 
     model = MODELS[name]
-    folder, feeds = work / "packages", work / f"{name}.npz"
+    folder, feeds, out = work / "packages", work / f"{name}.npz", work / f"{name}-{budget}-{tune}"
     original = folder / name / model.package / model.file
     if not original.exists():
         package_with(name, None, folder / name)
@@ -402,13 +402,11 @@ def row_of(name: str, budget: str, tune: str, work: Path, threads: int) -> dict[
     row: dict[str, Any] = {"model": name, "budget": budget, "tune": tune, "package": f"{model.package} {model.version}"}
     row |= {"what": model.what, "file": model.file, "measure": model.measure}
     try:
-        result = compress_onnx(original, budget, data=str(feeds), tune=tune, threads=threads)
+        result = compress(str(original), str(feeds), budget, tune=tune, threads=threads, out=out, overwrite=True)
     except InputError as error:
         return row | {"refused": str(error).replace(str(folder / name) + "/", "")}
     metrics = result.metrics
-    compressed = work / f"{name}-{budget}-{tune}.onnx"
-    compressed.write_bytes(result.content)
-    before, after = answers_of(name, None), answers_of(name, compressed)
+    before, after = answers_of(name, None), answers_of(name, out / "model.onnx")
     shares = [share for share in map(model.same, before, after) if share is not None]
     spatial = {site.name for site in read_onnx(original).sites if not site.reason}
     share = sum(layer["macs_dense"] for layer in metrics["layers"] if layer["name"] in spatial)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dk2pnet
 from common import network_parser, write_results
-from dk2pnet.commands.train import train_network
+from dk2pnet.commands.train import train
 from dk2pnet.training.losses import METHODS
 from dk2pnet.training.trainer import TrainingOptions
 
@@ -77,9 +77,9 @@ def main() -> None:
         if not student.exists():
             dk2pnet.compress(
                 options.model,
-                budget,
-                "loss",
                 options.data,
+                budget,
+                criterion="loss",
                 tune=0,
                 weights=options.weights,
                 out=student,
@@ -93,14 +93,14 @@ def main() -> None:
             note |= {"compile": options.compile}
             out.with_name(f"{out.name}.run.json").write_text(json.dumps(note))
             if not out.exists():
-                train_network(
+                train(
                     str(student),
                     options.data,
-                    out,
+                    out=out,
                     teacher=options.model,
                     teacher_weights=options.weights,
-                    options=TrainingOptions(**recipe, compile=options.compile),
-                    recipe=recipe,
+                    compile=options.compile,
+                    **recipe,
                     **where,
                 )
             accuracy = json.loads((out / "metrics.json").read_text())["network"]["accuracy"]

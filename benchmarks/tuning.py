@@ -24,18 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dk2pnet.run.device import environment, pick_device
 
 from common import Rows, network_parser, searched
-from dk2pnet.data import calibration_split, split_training
-from dk2pnet.data.samples import Images, named_images
-from dk2pnet.measure import accuracy, agreement, divergence, macs, predict
+from dk2pnet.data import split_training
+from dk2pnet.measure import accuracy, agreement
 from dk2pnet.modules import copy_model
-from dk2pnet.networks.open import load_data, open_network
+from dk2pnet.networks.open import load_data
+from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Budget
-from dk2pnet.run.clock import Clock
-from dk2pnet.students.closed_form import ClosedForm, Solved, renormalized, solved_once
-from dk2pnet.students.tuning import OPTIONS, Tuner
+from dk2pnet.run.device import environment, pick_device
+from dk2pnet.run.run import Run
+from dk2pnet.students.closed_form import ClosedForm, Solved, solved_once
+from dk2pnet.students.decisions import Judge
+from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.tuning import Tuner
+from dk2pnet.training.trainer import TUNING
 from recovery import add_mir, fskd, penultimate
 
 KEYS = (
@@ -56,14 +59,14 @@ KEYS = (
 DEFAULT = {
     "images": 2000,
     "whose": "cifar10",
-    "method": OPTIONS.method,
-    "beta": OPTIONS.beta,
-    "distill": OPTIONS.distill,
-    "tau": OPTIONS.tau,
-    "kp_tau": OPTIONS.kp_tau,
+    "method": TUNING.method,
+    "beta": TUNING.beta,
+    "distill": TUNING.distill,
+    "tau": TUNING.tau,
+    "kp_tau": TUNING.kp_tau,
     "whitened": True,
     "lr": None,  # as `compress` chooses it
-    "bn": OPTIONS.batch_norm,
+    "bn": TUNING.batch_norm,
     "steps": 150,
 }
 # Name of a row in the table -> what differs from the default. Adam does not see the scale of a loss, so that 0.1 KD
@@ -94,108 +97,100 @@ class Bench:
     """The network, its data, and the rows that are there."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.device = options, pick_device(options.device)
         self.rows = Rows(f"tuning-{options.part}-{options.model}", _key, lambda row: str(_key(row)))
-        self.training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
-        self.test = load_data(options.data, "test", options.model, data_dir=options.data_dir)
-        assert self.training is not None
-        assert self.test is not None
-        self.network = open_network(
-            options.model, weights=options.weights, normalize=options.normalize, data=self.training
+        training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
+        test = load_data(options.data, "test", options.model, data_dir=options.data_dir)
+        assert training is not None
+        assert test is not None
+        # Measured on its device; closed forms are made on the CPU.
+        self.run_there = Run(device=self.device)
+        network = self.opened(DEFAULT | {"whose": options.data}, self.run_there).network
+        assert network.normalization is not None
+        _, validation = split_training(training)
+        self.validation = validation.without_labels().batches(128, network.normalization)
+        self.test = test.batches(128, network.normalization)
+        self.answers = network.predict(self.validation, self.run_there)
+        self.teacher_accuracy = accuracy(network.predict(self.test, self.run_there))
+        self.solved: dict[tuple, tuple[Teacher, Solved, float]] = {}  # the last one only
+
+    def opened(self, row: Mapping[str, Any], run: Run) -> Teacher:
+        """The teacher with the images of a row, on the device of `run`."""
+        options = self.options
+        how = CompressOptions(
+            weights=options.weights,
+            normalize=options.normalize,
+            data_dir=options.data_dir,
+            criterion="loss",
+            calibration_images=row["images"],
+            calibration_data=row["whose"] if row["whose"] != options.data else None,
+            tune=1,  # so many steps as the row says
         )
-        self.norm = self.network.normalization
-        assert self.norm is not None
-        self.teacher = self.network.model.eval()
-        _, validation = split_training(self.training)
-        self.validation = validation.without_labels().batches(128, self.norm)
-        self.test_batches = self.test.batches(128, self.norm)
-        self.example = next(iter(self.validation))[0][:1]
-        self.solved: dict[tuple, tuple[Images, Any, Solved, float]] = {}  # the last one only
-        self.use(pick_device(options.device))
+        return Teacher.open(options.model, options.data, how, run)
 
-    def use(self, device: torch.device) -> None:
-        """Tune and measure there."""
-        self.device, self.tuning_teacher = device, copy_model(self.teacher).to(device)
-        self.answers = predict(self.tuning_teacher, self.validation, device)
-        self.teacher_accuracy = accuracy(predict(self.tuning_teacher, self.test_batches, device))
-
-    def images(self, row: dict) -> Images:
-        images = named_images(self.training, None, self.network, row["images"])
-        if row["whose"] != self.options.data:
-            other = load_data(row["whose"], "train", self.options.model, data_dir=self.options.data_dir)
-            assert other is not None
-            gather, held = calibration_split(split_training(other)[0], row["images"])
-            images.gather, images.held_out = gather.batches(128, self.norm), held.batches(128, self.norm)
-            images.tune = gather
-        return images
-
-    def closed_form(self, row: dict) -> tuple[Images, Any, Solved, float]:
+    def closed_form(self, row: dict) -> tuple[Teacher, Solved, float]:
         """The student without tuning, or to be tuned; moments are gathered anew, to have the seconds of one run."""
         # Only what is neither tuned nor fitted afterwards is reconstructed, as in `compress`.
         recovered = bool(row["steps"]) or row["method"] == "fskd"
         key = tuple(row[name] for name in ("budget", "seed", "images", "whose")) + (recovered,)
         if key not in self.solved:
-            images = self.images(row)
-            held = predict(self.teacher, images.held_out)
-            clock = Clock()
+            run = Run(seed=row["seed"])
+            teacher = here = self.opened(row, run)
+            if self.device.type != "cpu":
+                teacher = self.opened(row, self.run_there)
 
             def solve() -> Solved:
-                with ClosedForm(
-                    self.teacher, held, self.network, images, self.example, "loss", seed=row["seed"], clock=clock
-                ) as closed:
+                with ClosedForm(here, run) as closed:
                     return closed.solve(Budget.parse(row["budget"]), whiten=recovered)
 
             place = Path(self.options.runs, self.options.model, "-".join(map(str, key)))
             place.mkdir(parents=True, exist_ok=True)
-            solved = solved_once(place, self.teacher, clock, solve)
-            self.solved = {key: (images, held, solved, sum(clock.seconds.values()))}  # one at a time in memory
+            solved = solved_once(place, teacher.network, run, solve)
+            self.solved = {key: (teacher, solved, sum(run.clock.seconds.values()))}  # one at a time in memory
         return self.solved[key]
 
     def run(self, row: dict) -> dict:
-        images, held, solved, seconds = self.closed_form(row)
-        student, example = copy_model(solved.student).to(self.device), self.example.to(self.device)
-        start = Solved(student, solved.plan, [], [], solved.whitenings)
+        teacher, solved, seconds = self.closed_form(row)
+        samples, held = teacher.samples, teacher.held
+        dense: Any = teacher.network
+        assert samples is not None
+        assert held is not None
         found: dict[str, Any] = {"closed_form_seconds": seconds}
+        student: Any = solved.student
         if row["method"] == "fskd":
             began = time.perf_counter()
-            fskd(student, self.tuning_teacher, images.gather, self.device)
-            student = renormalized(student, held, images.gather, images.held_out, self.device, [])
+            student = replace(student, model=copy_model(student.model))
+            fskd(student.model, dense.model, samples.gather, self.device)
+            judge = Judge(dense, held, samples.held_out, self.run_there)
+            student = judge.apply(dense.after_tuning(student, samples, self.run_there), student, [])
             found["seconds"] = time.perf_counter() - began
         elif row["steps"]:
             options = None
             if row["lr"] is not None:
+                mir = row["method"] == "mir"
                 options = replace(
-                    OPTIONS,
+                    TUNING,
                     **{key: row[key] for key in ("method", "beta", "distill", "tau", "kp_tau")},
                     learning_rate=row["lr"],
                     batch_norm=row["bn"],
-                    hints=penultimate(student, self.tuning_teacher, example) if row["method"] == "mir" else (),
+                    hints=penultimate(student.model, dense.model, dense.example) if mir else (),
                 )
             times: list[float] = []
-            tuner = Tuner(
-                self.tuning_teacher,
-                held,
-                images,
-                example=example,
-                name=self.options.data,
-                normalization=self.norm,
-                seed=row["seed"],
-                options=options,
-                whitened=row["whitened"],
-                progress=lambda *_: times.append(time.perf_counter()),
-            )
-            found["rate"] = tuner.rate_for(predict(student, images.held_out, self.device))
-            tuned = tuner.tune(start, row["steps"])
+            run = Run(lambda *_: times.append(time.perf_counter()), seed=row["seed"], device=self.device)
+            tuner = Tuner(teacher, run, options, row["whitened"])
+            start = student.predict(samples.held_out, run)
+            found["rate"] = tuner.learner.rate_for(held, start) if options is None else row["lr"]
+            tuned = tuner.tune(replace(solved, decisions=[]), row["steps"])
             found["kept"] = tuned is not None  # else the student stays as it was, as in `compress`
             student = tuned or student
             # By the median, as the process may have been stopped for a while.
             found["seconds"] = row["steps"] * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
-        answers = predict(student, self.validation, self.device)
+        answers = student.predict(self.validation, self.run_there)
         found |= {
-            "accuracy": accuracy(predict(student, self.test_batches, self.device)),
-            "validation_kl": divergence(self.answers, answers),
+            "accuracy": accuracy(student.predict(self.test, self.run_there)),
+            "validation_kl": dense.divergence(self.answers, answers),
             "validation_agreement": agreement(self.answers, answers),
-            "macs_kept": macs(student, example) / solved.plan.macs_dense,
+            "macs_kept": student.macs / solved.plan.macs_dense,
             "threads": torch.get_num_threads(),
         }
         return found

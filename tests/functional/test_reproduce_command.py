@@ -89,7 +89,7 @@ def test_svhn_in_the_layout_of_the_hub(tmp_path):
 REFUSED = {
     "a method that there is not": (["--method", "magic"], ["'magic'", "kp+kd"]),
     "another schedule in the same folder": (["--epochs", 7, "--out", "quick"], ["epochs 2", "7", "--out"]),
-    "no epochs": (["--epochs", 0], ["0 epochs", "1 or more"]),
+    "no epochs": (["--epochs", 0], ["epochs is 0", "1 or more"]),
     "a student that there is not": (["--student", "dk2pnet-9x9"], ["dk2pnet-9x9", "8, 14, 20"]),
 }
 

@@ -97,7 +97,7 @@ REFUSED = {
     "a hint without a map": (["--teacher", "teacher", "--hint", "classifier"], ["'classifier'", "feature map"]),
     "too few images": (["--images", 1], ["1 training images", "2 or more"]),
     "an augmentation that there is not": (["--augment", "wild"], ["'wild'", "natural"]),
-    "a negative weight": (["--teacher", "teacher", "--beta", "-1"], ["beta -1"]),
+    "a negative weight": (["--teacher", "teacher", "--beta", "-1"], ["beta is -1.0"]),
     "a precision that there is not": (["--precision", "int3"], ["'int3'", "bf16"]),
     "far too high a learning rate": (["--lr", "1e30"], ["not finite", "step", "labels", "--lr"]),
 }

@@ -113,15 +113,11 @@ BAD = {
     "holdout folder": (["compress", *BASE, "--budget", "drop=9", "--holdout", "./none"], ["none", "exist"]),
     "images too few": (["compress", *BASE, "--budget", "drop=0.2", "--tune", 0], ["143 images cannot tell"]),
     "points for explore": (["explore", *BASE, "--budget", "drop=1"], ["drop=1 is a loss"]),
-    "explore of an ONNX file": (
-        ["explore", "--model", "teacher/model.onnx", "--data", "digits"],
-        [".onnx", "compress"],
-    ),
     "explore without images": (["explore", "--model", "teacher"], ["--data"]),
     "a point that cannot be": (["explore", *BASE, "--budget", "macs=0.01"], ["cannot be reached"]),
-    "points of an ONNX file": (
-        ["compress", "--model", "teacher/model.onnx", "--data", "digits", "--budget", "drop=1"],
-        ["drop=1", ".onnx"],
+    "epochs of an ONNX file": (
+        ["compress", "--model", "teacher/model.onnx", "--data", "digits", "--epochs", 1],
+        ["--epochs", ".onnx", "not trained"],
     ),
     "tuning of an ONNX file without images": (
         ["compress", "--model", "teacher/model.onnx", "--criterion", "weight", "--tune", 5, "--input-size", 32],

@@ -9,7 +9,14 @@ from dk2pnet.data import ImageData, has_split, load
 from dk2pnet.data.images import batch_size_for
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions, accuracy, macs, parameters, predict
-from dk2pnet.networks.open import is_onnx_file, load_data, open_network, open_onnx, warn_of_other_classes
+from dk2pnet.networks.open import (
+    is_onnx_file,
+    load_data,
+    normalization_of,
+    open_network,
+    open_onnx,
+    warn_of_other_classes,
+)
 from dk2pnet.options import EvaluateOptions
 from dk2pnet.run.run import Run
 
@@ -52,18 +59,14 @@ def _of_torch(model: str, data: str, chosen: EvaluateOptions, run: Run) -> dict[
 
 def _of_onnx(model: str, data: str, chosen: EvaluateOptions, run: Run) -> dict[str, Any]:
     network = open_onnx(model, chosen.normalize)
-    if network.normalization is None:
-        raise InputError(
-            f"{model} does not say how its input is normalised; give it with --normalize (imagenet, ... or "
-            "MEAN,.../STD,... of pixels in [0, 1])"
-        )
+    normalization = normalization_of(network)
     size, channels = network.image_size(chosen.input_size)
     found = None
     if has_split(data, chosen.split, chosen.data_dir):
         found = load(data, chosen.split, data_dir=chosen.data_dir, size=size, channels=channels)
     images = _labelled(found, data, chosen.split)
     fixed = network.batching.size if network.batching.fixed else None
-    batches = images.batches(fixed or chosen.batch_size or batch_size_for(images.size), network.normalization)
+    batches = images.batches(fixed or chosen.batch_size or batch_size_for(images.size), normalization)
     answers = network.predict(batches, run, "evaluating in ONNX Runtime", len(images))
     result = Predictions(answers.outputs[:1], answers.labels)
     warn_of_other_classes(images, result.outputs)

@@ -100,28 +100,37 @@ def reproduce(
     common |= {"device": chosen.device, "threads": chosen.threads, "images": settings["images"]}
     common |= {"learning_rate": settings["learning_rate"]}
 
-    def train_into(model: str, name: str, **more: Any) -> None:
+    def options_for(**more: Any) -> TrainOptions:
+        return TrainOptions(**{**common, **more})
+
+    def train_into(name: str, model: str, options: TrainOptions) -> None:
         if (folder / name).exists():
             return
 
         def shown(what: str, done: int, total: int) -> None:
             around.progress(what.replace("training", f"training {name}", 1), done, total)
 
-        train(model, data, TrainOptions(**{**common, **more}), out=folder / name, run=replace(around, progress=shown))
+        train(model, data, options, out=folder / name, run=replace(around, progress=shown))
         wait()  # until the main process has written the folder
 
-    asked = [(name, seed) for seed in (seeds[:1] if chosen.quick else seeds) for name in methods]
     taught = {"teacher": chosen.teacher, "teacher_weights": chosen.teacher_weights}
+    if not trained:
+        taught = {"teacher": str(folder / "teacher")}
+        first = options_for(epochs=settings["teacher_epochs"], method="labels")
+    asked = {
+        f"{name}-{seed}": options_for(
+            epochs=settings["epochs"], seed=seed, **METHODS[name], **(taught if name != "labels" else {})
+        )
+        for seed in (seeds[:1] if chosen.quick else seeds)
+        for name in methods
+    }
     results: dict[str, Any] = {}
     try:
         if not trained:
-            train_into(settings["teacher"], "teacher", epochs=settings["teacher_epochs"], method="labels")
+            train_into("teacher", settings["teacher"], first)
             _write(folder, settings)  # so that another call does not take this teacher for its own
-            taught = {"teacher": str(folder / "teacher")}
-        for name, seed in asked:
-            more = taught if name != "labels" else {}
-            epochs = settings["epochs"]
-            train_into(settings["student"], f"{name}-{seed}", epochs=epochs, seed=seed, **METHODS[name], **more)
+        for name, options_of_run in asked.items():
+            train_into(name, settings["student"], options_of_run)
             results = _write(folder, settings)
     except InputError:
         if is_main() and folder.is_dir() and not any(folder.iterdir()):

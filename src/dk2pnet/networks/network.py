@@ -115,8 +115,8 @@ class Learner(Protocol):
         """The student with what the module has learnt."""
         ...
 
-    def rate_for(self, teacher: Predictions, start: Predictions) -> float:
-        """The learning rate for a student that answers the held-out images so."""
+    def rate_for(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> float:
+        """The learning rate for a student that answers the held-out images so, where `options` do not ask for one."""
         ...
 
 

@@ -21,7 +21,15 @@ from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.networks.weights import check_finite, load_weights
 from dk2pnet.plan import Plan
 
-__all__ = ["is_onnx_file", "load_data", "open_network", "open_onnx", "open_with_data", "warn_of_other_classes"]
+__all__ = [
+    "is_onnx_file",
+    "load_data",
+    "normalization_of",
+    "open_network",
+    "open_onnx",
+    "open_with_data",
+    "warn_of_other_classes",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -40,10 +48,12 @@ def open_with_data(
     data_dir: str | None = None,
     input_size: int | None = None,
     classes: int | None = None,
+    own: bool = True,
 ) -> tuple[Network, ImageData | None]:
     """The network, and the training split of the data set `data`, in the size and the colours that the network takes.
 
-    Of an ONNX file no data set is opened where `data` is an ``.npz`` file.
+    Of an ONNX file no data set is opened where `data` is an ``.npz`` file. Images that are not its `own` lose their
+    labels, which mean nothing to the network.
     """
     if is_onnx_file(model):
         graph = open_onnx(str(model), normalize)
@@ -51,8 +61,10 @@ def open_with_data(
         if data is None or data.endswith(".npz"):
             return network, None
         size, channels = graph.image_size(input_size)
+        normalization_of(graph)
         split = "train" if has_split(data, "train", data_dir) else "test"
-        return network, load(data, split, data_dir=data_dir, size=size, channels=channels)
+        images = load(data, split, data_dir=data_dir, size=size, channels=channels)
+        return network, images if own else images.without_labels()
     training = None
     if data is not None:
         training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
@@ -60,6 +72,7 @@ def open_with_data(
             raise InputError(
                 f"data set {data!r} has no training split, which calibration reads; give a folder train/ of images"
             )
+        training = training if own else training.without_labels()
     return open_network(model, weights=weights, normalize=normalize, data=training, classes=classes), training
 
 
@@ -108,6 +121,16 @@ def open_onnx(path: str, normalize: str | Normalization | None = None) -> OnnxNe
     given = Normalization.parse(normalize) if isinstance(normalize, str) else normalize
     network.normalization = given or _said_normalization(network, path)
     return network
+
+
+def normalization_of(network: OnnxNetwork) -> Normalization:
+    """How its images are normalised; `InputError` where neither the user nor the file says it."""
+    if network.normalization is None:
+        raise InputError(
+            f"{network.path} does not say how its input is normalised; give it with --normalize (imagenet, ... or "
+            "MEAN,.../STD,... of pixels in [0, 1])"
+        )
+    return network.normalization
 
 
 def load_data(

@@ -81,8 +81,8 @@ class Teacher:
             held = network.predict(samples.held_out, run)
             if (where := held.infinite()) is not None:
                 raise InputError(
-                    f"the network's outputs are not finite on the calibration images{where}; "
-                    "check the weights and the normalisation"
+                    f"the network's outputs are not finite on the held-out samples{where}; "
+                    "check the weights, and the normalisation of images"
                 )
             if training is not None and held.classifies:
                 warn_of_other_classes(training, held.outputs)
@@ -150,9 +150,8 @@ def _running(
         data_dir=options.data_dir,
         input_size=options.input_size,
         classes=options.classes,
+        own=data is not None,
     )
-    if training is not None and data is None:  # somebody else's images: their labels mean nothing to this network
-        training = training.without_labels()
     samples = _samples(network, training, data, options)
     example = getattr(options, "example_input", None)
     try:

@@ -74,7 +74,6 @@ class Tuner:
         if batch < _FEWEST_FOR_BATCH_NORM:
             changes["batch_norm"] = "frozen"
         self.options = replace(options, checkpoint_every=teacher.options.checkpoint_every, **changes)
-        self.learner.options = self.options
         if all_alike(self.samples):
             _log.warning("the calibration images are all alike: what is tuned on them says little about others")
 
@@ -86,7 +85,9 @@ class Tuner:
         module = self.learner.student(solved.student)
         rate = self.options.learning_rate
         if self.rate_by_start:
-            rate = self.learner.rate_for(self.held, solved.student.predict(self.samples.held_out, self.run))
+            rate = self.learner.rate_for(
+                self.held, solved.student.predict(self.samples.held_out, self.run), self.options
+            )
         try:
             self._train(module, solved, steps, folder, rate)
         except NotFinite as error:

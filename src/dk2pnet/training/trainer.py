@@ -59,7 +59,7 @@ class NotFinite(InputError):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train. Defaults suit training from scratch; `pipelines.compress` lowers the learning rate.
+    """How to train. Defaults suit training from scratch; `compress` lowers the learning rate.
 
     ``steps``: so many in place of the epochs; ``batch_size``: images per step, all processes together; ``optimizer``:
     ``sgd`` (Nesterov) or ``adam`` (without decay); ``warmup``: steps, None for one epoch (at most a tenth of the run);

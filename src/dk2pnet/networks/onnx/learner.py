@@ -75,13 +75,13 @@ class OnnxLearner:
     def learned(self, student: Any, module: nn.Module) -> Any:
         """The graph with the layers that the module has now."""
         layers = {}
-        for name, path in AsTorch.layer_names(student.layers).items():
-            layer = module.get_submodule(path)
+        for name in student.layers:
+            layer = module.get_submodule(self.names[name])
             assert isinstance(layer, DKConv2d)
             layers[name] = layer.cpu().requires_grad_(False).eval()
         return student.with_layers(layers)
 
-    def rate_for(self, teacher: Predictions, start: Predictions) -> float:
+    def rate_for(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> float:
         """By the relative error of the outputs."""
         errors = errors_of(teacher, start)
         return rate_for(sum(errors.values()) / max(len(errors), 1))
@@ -197,12 +197,13 @@ class AsTorch:
         """A copy with DK layers, its only parameters."""
         student: fx.GraphModule = copy.deepcopy(self.module)
         nodes = {node.name: node for node in student.graph.nodes}
-        for number, (name, layer) in enumerate(layers.items()):
-            site = self.sites[name]
+        places = self.layer_names(self.sites)  # by site, as a student may have some of them only
+        for name, layer in layers.items():
+            site, place = self.sites[name], places[name].removesuffix(".layer")
             conv, last = (nodes[self.nodes[tensor].name] for tensor in (_conv_output(site), site.y))
-            student.add_submodule(f"dk_{number}", _Placed(site, copy.deepcopy(layer)))
+            student.add_submodule(place, _Placed(site, copy.deepcopy(layer)))
             with student.graph.inserting_before(conv):
-                new = student.graph.call_module(f"dk_{number}", (conv.args[0],))
+                new = student.graph.call_module(place, (conv.args[0],))
             last.replace_all_uses_with(new)
             student.graph.erase_node(last)
             if conv is not last:

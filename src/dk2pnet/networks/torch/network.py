@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class TorchNetwork:
         """Of its own DK layers."""
         return self.plan.forms if self.plan is not None else {}
 
-    @property
+    @cached_property
     def macs(self) -> int:
         """Of one image."""
         return macs(self.model, self.example)
@@ -335,10 +336,10 @@ class TorchLearner:
         """The copy."""
         return student._student(module)
 
-    def rate_for(self, teacher: Predictions, start: Predictions) -> float:
+    def rate_for(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> float:
         """The higher one is for batch norm in training mode only: frozen it made things worse (docs/results.md)."""
-        usual = self.options.learning_rate
-        if self.options.batch_norm == "frozen":
+        usual = options.learning_rate
+        if options.batch_norm == "frozen":
             return usual
         return _FAR_RATE if squared_error(teacher, start) > _FAR else usual
 
