@@ -179,7 +179,7 @@ class Bench:
             run = Run(lambda *_: times.append(time.perf_counter()), seed=row["seed"], device=self.device)
             tuner = Tuner(teacher, run, options, row["whitened"])
             start = student.predict(samples.held_out, run)
-            found["rate"] = tuner.learner.rate_for(held, start) if options is None else row["lr"]
+            found["rate"] = tuner.learner.rate_for(held, start, tuner.options) if options is None else row["lr"]
             tuned = tuner.tune(replace(solved, decisions=[]), row["steps"])
             found["kept"] = tuned is not None  # else the student stays as it was, as in `compress`
             student = tuned or student

@@ -21,6 +21,7 @@ from dk2pnet.nets import NETS
 from dk2pnet.nets.resnet import CifarResNet
 from dk2pnet.options import VERBS, flag_of
 from dk2pnet.plan import Budget
+from dk2pnet.training import losses
 
 SIDE = 8
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -230,6 +231,7 @@ def test_ablation_reproduce_and_scratch(main, toy, tmp_path, monkeypatch):
     teacher = tmp_path / "runs" / "toy" / "teacher"
     assert main("scratch", teacher, network=False)[0]["model"] == "resnet8"
     (results / "scratch.json").unlink()
+    monkeypatch.setitem(losses.METHODS, "kp-channel, two stages", None)  # the script's own, which is gone afterwards
     given = ("--teacher", teacher, "--data", toy["data"], "--student", "dk2pnet-8x8", "--epochs", 2)
     name = "kp-channel, two stages"
     assert main("ablation", *given, "--runs", tmp_path / "runs", "--only", name, network=False)[0]["name"] == name

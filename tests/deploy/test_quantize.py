@@ -10,6 +10,7 @@ from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
+from graphs import small
 
 
 def net():
@@ -52,3 +53,14 @@ def test_no_images_and_what_cannot_be_quantised_are_refused():
         quantize_onnx(content, [])
     with pytest.raises(InputError, match="cannot be quantised"):
         quantize_onnx(content, [torch.rand(1, 2, 12, 12)])
+
+
+@pytest.mark.parametrize("opset", [11, 12, 17])
+def test_files_of_old_operator_sets(opset):
+    """Scales for each channel came with operator set 13."""
+    x = torch.rand(32, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    content = small(opset=opset).SerializeToString()
+    found, expected = (
+        torch.from_numpy(run_onnx(session(each, 1), x)[0]) for each in (quantize_onnx(content, x.split(8)), content)
+    )
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.1

@@ -189,7 +189,7 @@ def test_refusals_leave_nothing_behind(tmp_path):
         ],
         "holds the arrays ['x', 'z']; expected one for each input": ["--model", "model.onnx", "--data", "names.npz"],
         "cannot be read as .npz": ["--model", "model.onnx", "--data", "text.npz"],
-        "the normalisation that the network was trained with is not known; give it with --normalize": [
+        "does not say how its input is normalised; give it with --normalize": [
             "--model",
             "model.onnx",
             "--data",
