@@ -79,6 +79,11 @@ def deliver(
         if samples is not None and (options.int8 or target == "onnxruntime-int8"):
             with clock("int8"):
                 metrics["int8"] = write_int8(files, folder, samples, network.example, run, network.batching.fixed)
+            if "relative_error" in (row := metrics["int8"][-1]):  # the table has no column for it
+                metrics["notes"].append(
+                    f"{INT8}: its outputs differ from the teacher's by {row['relative_error']:.2f} % (root mean "
+                    "square, relative)"
+                )
         if options.pt2:
             assert isinstance(student, TorchNetwork)
             with clock("pt2"):
