@@ -246,6 +246,22 @@ def test_moments_are_those_of_the_inputs_of_its_sites(teacher):
         torch.testing.assert_close(mine.A(), theirs.A(), rtol=0.2, atol=0.05)  # some sample positions
 
 
+def test_moments_do_not_hang_on_how_many_layers_fit_into_memory(teacher):
+    """A group takes a pass over the samples of its own."""
+    once, several = (
+        {
+            name: sums
+            for group in teacher.network.moments(teacher.open_sites, teacher.samples, False, memory, RUN)
+            for name, sums in group.items()
+        }
+        for memory in (2**30, 1)
+    )
+    assert once.keys() == several.keys()
+    for name, sums in once.items():
+        assert torch.equal(sums.A(), several[name].A())
+        assert float(sums.A().abs().max()) > 0
+
+
 def test_no_correction_that_is_kept_takes_the_student_further_away(teacher):
     student, counts, factors = every(teacher, 1)
     judge, decisions = Judge(teacher.network, teacher.held, teacher.samples.held_out, RUN), []

@@ -17,7 +17,7 @@ from torch import Tensor
 from dk2pnet.data.arrays import ArrayBatches, Arrays, Feed
 from dk2pnet.data.images import ImageData, Normalization, batch_size_for, generator_for
 from dk2pnet.data.sources import has_split, load
-from dk2pnet.data.splits import UserBatches, calibration_split, part_of_split, split_training
+from dk2pnet.data.splits import UserBatches, calibration_split, decides, part_of_split, split_training
 from dk2pnet.errors import InputError
 
 __all__ = [
@@ -196,7 +196,7 @@ def array_samples(arrays: Arrays, count: int, batching: Batching) -> Samples:
         When there are fewer than one batch for either part.
     """
     chosen = torch.randperm(len(arrays), generator=generator_for(1))[:count]
-    held = torch.arange(len(chosen)) % 5 == 0
+    held = decides(torch.arange(len(chosen)))
     parts = [chosen[~held].tolist(), chosen[held].tolist()]
     fixed = 1 if arrays.stacked else batching.size if batching.fixed else None
     batch = fixed or min(_MOST, max(len(parts[1]), 1))

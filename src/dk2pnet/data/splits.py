@@ -12,7 +12,7 @@ from torch import Tensor
 from dk2pnet.data.images import ImageData, generator_for
 from dk2pnet.errors import InputError
 
-__all__ = ["UserBatches", "calibration_split", "part_of_split", "split_training"]
+__all__ = ["UserBatches", "calibration_split", "decides", "part_of_split", "split_training"]
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------
@@ -27,6 +27,11 @@ def split_training(data: ImageData, seed: int = 0) -> tuple[ImageData, ImageData
     return data.subset(order[held_out:].sort().values), data.subset(order[:held_out].sort().values)
 
 
+def decides(numbers: Tensor) -> Tensor:
+    """Which of the calibration samples with these numbers are held out, to decide: every fifth."""
+    return numbers % 5 == 0
+
+
 def calibration_split(data: ImageData, count: int) -> tuple[ImageData, ImageData]:
     """Take ``count`` images (or all, if fewer), without labels: four fifths to gather with, a fifth to decide with.
 
@@ -34,7 +39,7 @@ def calibration_split(data: ImageData, count: int) -> tuple[ImageData, ImageData
     """
     chosen = torch.randperm(len(data), generator=generator_for(1))[: max(count, 0)]
     _enough(len(chosen))
-    held_out = torch.arange(len(chosen)) % 5 == 0
+    held_out = decides(torch.arange(len(chosen)))
     data = data.without_labels()
     return data.subset(chosen[~held_out]), data.subset(chosen[held_out])
 
@@ -135,7 +140,7 @@ class _Part:
         start = 0
         for x, _ in self.batches:
             x = x[: self.count - start]
-            part = x[((torch.arange(start, start + len(x)) % 5 == 0) == self.held_out).to(x.device)]
+            part = x[(decides(torch.arange(start, start + len(x))) == self.held_out).to(x.device)]
             if len(part):
                 yield part, None
             start += len(x)

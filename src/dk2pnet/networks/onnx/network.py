@@ -272,7 +272,7 @@ class OnnxNetwork:
         yield from gather_onnx(
             self.graph,
             sites,
-            (self.feed(x) for x, _ in samples.gather),
+            _Feeds(self, samples.gather),
             samples=count,
             memory=memory,
             seed=run.seed,
@@ -307,7 +307,7 @@ class OnnxNetwork:
                         self.graph,
                         student.layers,
                         counts,
-                        [self.feed(x) for x, _ in samples.gather],
+                        _Feeds(self, samples.gather),
                         memory=how.memory,
                         seed=run.seed,
                         threads=run.threads,
@@ -391,5 +391,18 @@ class OnnxNetwork:
         return self.with_layers(layers), plan
 
     def result(self, plan: Plan) -> ModelProto:
-        """The new graph."""
-        return self.final(plan.forms)
+        """The new graph, proven."""
+        final = self.final(plan.forms)
+        proven(final, self.proto(), self.graph, self.layers, self.names, self.example, None)
+        return final
+
+
+@dataclass(frozen=True)
+class _Feeds:
+    """Batches as the graph takes them, in every pass anew."""
+
+    network: OnnxNetwork
+    batches: Batches
+
+    def __iter__(self) -> Iterator[Feed]:
+        return (self.network.feed(x) for x, _ in self.batches)
