@@ -5,12 +5,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import yaml
 
 import dk2pnet
 from dk2pnet import InputError, cli
-from dk2pnet.options import REQUIRED, VERBS, CompressOptions, TrainOptions, flag_of, read_recipe, recipe_of
+from dk2pnet.decompose import moments
+from dk2pnet.options import CRITERIA, REQUIRED, VERBS, CompressOptions, TrainOptions, flag_of, read_recipe, recipe_of
 from dk2pnet.plan import Budget
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +61,8 @@ def test_the_page_of_options_is_made_of_them(monkeypatch):
         ({"calibration_image": 5}, "did you mean calibration_images"),
         ({"xyzzy": 1}, "no option 'xyzzy'; expected some of augment, batch_size"),
         ({"memory": "much"}, "memory is 'much'; expected more than 0"),
+        ({"calibration_images": 2.5}, r"calibration images is 2\.5; expected 2 or more"),
+        ({"seed": "one"}, "seed is 'one'; expected a whole number"),
         ({"criterion": "weights"}, "criterion is 'weights'; expected one of weight, response, loss"),
         ({"options": TrainOptions()}, "options is a TrainOptions; expected CompressOptions"),
     ],
@@ -73,6 +77,19 @@ def test_a_wrong_budget_is_told_the_near_one():
         Budget.parse("mac=0.4")
     with pytest.raises(InputError, match="which is a budget; give compress"):
         dk2pnet.compress("lenet", "macs=0.4")
+
+
+def test_the_criteria_are_those_of_the_moments():
+    assert tuple(moments.CRITERIA) == CRITERIA
+
+
+def test_what_was_given_may_be_anything_and_is_not_compared():
+    class Silent:
+        def __ne__(self, other):
+            raise AssertionError
+
+    options = CompressOptions(test_data=Silent(), example_input=torch.zeros(1, 3, 8, 8), holdout=[torch.zeros(2, 2)])
+    assert [each.name for each in options.changed()] == ["holdout", "test_data", "example_input"]
 
 
 def test_options_may_be_an_object_flat_or_both():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +23,8 @@ __all__ = [
     "Options",
     "ReproduceOptions",
     "TrainOptions",
-    "plain_value",
     "flag_of",
+    "plain_value",
     "read_recipe",
     "recipe_of",
     "table_of",
@@ -31,6 +32,9 @@ __all__ = [
 
 CRITERIA = ("weight", "response", "loss")
 AUGMENTATIONS = ("none", "digits", "natural")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+_NUMBERS = {int: (Integral, "a whole number"), float: (Real, "a number")}
 
 _Check = Callable[[Any], bool]
 
@@ -88,14 +92,12 @@ class Options:
             if isinstance(each.default, tuple):
                 value = (value,) if isinstance(value, str) or not hasattr(value, "__iter__") else tuple(value)
                 object.__setattr__(self, each.name, value)
-            if value is None or check is None:
+            if value is None:
                 continue
-            try:
-                good = check(value)
-            except TypeError:
-                good = False
-            if not good:
-                raise InputError(f"{said(each.name)} is {value!r}; expected {each.metadata['expected']}")
+            kind, expected = _NUMBERS.get(each.metadata["kind"], (object, ""))
+            values = getattr(self, each.name) if isinstance(each.default, tuple) else (value,)
+            if not all(isinstance(one, kind) for one in values) or (check is not None and not check(value)):
+                raise InputError(f"{said(each.name)} is {value!r}; expected {each.metadata['expected'] or expected}")
 
     @classmethod
     def of(cls: type[_T], options: Options | None, flat: Mapping[str, Any]) -> _T:
@@ -114,7 +116,9 @@ class Options:
 
     def changed(self) -> list[Field]:
         """The options that are not at their defaults."""
-        return [each for each in fields(self) if getattr(self, each.name) != each.default]
+        # What is compared with None may be anything, and say anything to being compared.
+        given = ((each, getattr(self, each.name)) for each in fields(self))
+        return [each for each, v in given if (v is not None if each.default is None else v != each.default)]
 
     def check_for_onnx(self) -> None:
         """`InputError` for what does not go with an .onnx model."""
@@ -160,7 +164,7 @@ class _Once(_Device):
 class _Long(Options):
     precision: str = one_of(
         "auto",
-        ("auto", "fp32", "bf16"),
+        PRECISIONS,
         "fp32 or bf16, for training; auto: bf16 where the processor or GPU has units for it.",
         torch_only="which is tuned in fp32",
     )

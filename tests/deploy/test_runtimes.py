@@ -87,10 +87,9 @@ def test_registering_imports_no_runtime():
 @pytest.mark.parametrize("name", latency.TARGETS)
 def test_what_is_loaded_runs(name):
     target = target_named(name)
-    try:
-        target.check()
-    except InputError as error:
-        pytest.skip(str(error))
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU here; the refusal of cuda has a test of its own")
+    target.check()  # all others can be had wherever the extra `dev` is installed
     if name == "pytorch-compile" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile needs a C++ compiler")
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.errors import InputError, first_line
 from dk2pnet.measure import accuracy, agreement, outputs_of
 from dk2pnet.networks.network import Network
-from dk2pnet.networks.onnx.answers import OnnxPredictions, errors_of
+from dk2pnet.networks.onnx.answers import OnnxPredictions, mean_error
 from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Plan
@@ -51,7 +51,7 @@ def deliver(
     """Choose forms, write, check, measure. `logs`: the folder of the unfinished run, and where its tuning lies."""
     network, samples, options, clock = teacher.network, teacher.samples, teacher.options, run.clock
     assert isinstance(options, CompressOptions)
-    target, threads = options.target or "onnxruntime", run.threads
+    target, threads = teacher.target, run.threads
     with new_folder(out, options.overwrite) as folder:
         run.progress("exporting", 0, 0)
         with clock("choosing forms"):
@@ -142,8 +142,7 @@ def write_int8(
         row |= {"agreement": agreement(reference, held), "bytes": len(content)}
         row |= {"latency_ms": times[f"{name} {kind}"].median_ms}
         if not held.classifies:
-            errors = errors_of(reference, held)
-            row["relative_error"] = 100 * (sum(errors.values()) / max(len(errors), 1)) ** 0.5
+            row["relative_error"] = 100 * mean_error(reference, held) ** 0.5
         rows.append(row)
     return rows
 

@@ -127,7 +127,7 @@ def explore(
                 "criterion": teacher.criterion,
                 "images": samples.counts,
                 "seconds": work.clock.seconds,
-                "latency": conditions(chosen.target or "onnxruntime", network.example, work.threads),
+                "latency": conditions(teacher.target, network.example, work.threads),
                 **environment(work.device),
             },
         }
@@ -253,7 +253,7 @@ class _Timer:
 
     def __init__(self, teacher: Teacher, run: Run) -> None:
         self.network, self.sites, self.run = teacher.network, teacher.open_sites, run
-        self.target = teacher.options.target or "onnxruntime"
+        self.target = teacher.target
         self.table = LatencyTable(self.target, run.threads)
         self.dense: Any = None
 

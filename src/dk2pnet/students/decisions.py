@@ -31,22 +31,24 @@ class Judge:
 
     def closer(self, what: str, before: Network, after: Network, decisions: list[dict[str, Any]]) -> Network:
         """The one of two students that is kept."""
-        old, new = (self.divergence(each) for each in (before, after))
-        decisions.append(self.entry(what, old, new, new < old))
-        return after if new < old else before
+
+        def only() -> Corrections:
+            yield what, after
+
+        return self.apply(only(), before, decisions)
 
     def apply(self, corrections: Corrections, student: Network, decisions: list[dict[str, Any]]) -> Network:
         """The student after all corrections, each of them kept where it brings it closer."""
+        before: float | None = None
         kept: bool | None = None
         while True:
             try:
                 what, better = next(corrections) if kept is None else corrections.send(kept)
             except StopIteration:
                 return student
-            if better is None:
-                decisions.append(self.entry(what, self.divergence(student), None, False))
-                kept = False
-                continue
-            chosen = self.closer(what, student, better, decisions)
-            kept = chosen is better
-            student = chosen
+            before = self.divergence(student) if before is None else before
+            after = None if better is None else self.divergence(better)
+            kept = after is not None and after < before
+            decisions.append(self.entry(what, before, after, kept))
+            if better is not None and kept:
+                student, before = better, after

@@ -172,7 +172,7 @@ def spend_time(fraction: float, teacher: Teacher, energies: Mapping[str, Tensor]
     """Spend a latency budget on the teacher's target; with several processes the main one measures for all."""
     found: list[Spent | InputError] = []
     if processes.is_main():
-        network, sites, target = teacher.network, teacher.open_sites, teacher.options.target or "onnxruntime"
+        network, sites, target = teacher.network, teacher.open_sites, teacher.target
         table = LatencyTable(target, run.threads)
 
         def build(counts: Mapping[str, Tensor | None]) -> tuple[Any, dict[str, str]]:

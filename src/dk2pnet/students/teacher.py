@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -105,6 +106,11 @@ class Teacher:
         return cls(network, samples, held, sites, criterion, tuning, learner, named, options)
 
     @property
+    def target(self) -> str:
+        """Where students run and are timed."""
+        return self.options.target or "onnxruntime"
+
+    @property
     def open_sites(self) -> dict[str, Any]:
         """The convolutions that can be decomposed, by name."""
         return {site.name: site for site in self.sites if not site.reason}
@@ -114,15 +120,14 @@ class Teacher:
         found = self.network.digests()
         if self.samples is not None:
             first = self.samples.first
-            found["digest_of_images"] = digest_of(
-                {"first batch": first} if isinstance(first, Tensor) else tensors_of(first.arrays)
-            )
+            arrays = {"first batch": first} if isinstance(first, Tensor) else first.arrays
+            found["digest_of_images"] = digest_of({name: _as_tensor(array) for name, array in arrays.items()})
         return found
 
 
-def tensors_of(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Arrays as tensors."""
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if array.dtype.kind in "fiub"}
+def _as_tensor(array: Any) -> Any:
+    """An array of numbers as a tensor; of others, as texts, itself."""
+    return array if isinstance(array, np.ndarray) and array.dtype.kind not in "fiub" else torch.as_tensor(array)
 
 
 def _running(
@@ -139,12 +144,9 @@ def _running(
         raise InputError(
             "training needs the network's own images (--data); --calibration-data only calibrates and tunes"
         )
-    named = data if data is None or isinstance(data, str) else ""
-    if named is None:
-        named = options.calibration_data
     network, training = open_with_data(
         model,
-        named or None,
+        options.calibration_data if data is None else data if isinstance(data, str) else None,
         weights=options.weights,
         normalize=options.normalize,
         data_dir=options.data_dir,

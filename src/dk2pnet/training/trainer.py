@@ -21,6 +21,7 @@ from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, layout_of, outputs_of, use_form
+from dk2pnet.options import PRECISIONS, TrainOptions
 from dk2pnet.processes import is_alone
 from dk2pnet.run.seed import random_state, set_random_state
 from dk2pnet.training.checkpoint import Checkpoints, digest_of
@@ -41,7 +42,6 @@ __all__ = [
     "train",
 ]
 
-PRECISIONS = ("auto", "fp32", "bf16")
 OPTIMIZERS = ("sgd", "adam")
 BATCH_NORMS = ("training", "frozen")
 _LOG_STEPS = 50  # between two lines of the log
@@ -73,27 +73,27 @@ class TrainingOptions:
     `torch.compile`; ``checkpoint_every``: seconds.
     """
 
-    epochs: int = 20
+    epochs: int = TrainOptions.epochs
     steps: int | None = None
-    batch_size: int = 128
+    batch_size: int = TrainOptions.batch_size
     optimizer: str = "sgd"
-    learning_rate: float = 0.1
+    learning_rate: float = TrainOptions.learning_rate
     warmup: int | None = None
-    weight_decay: float = 5e-4
+    weight_decay: float = TrainOptions.weight_decay
     batch_norm: str = "training"
-    method: str | None = None
-    hints: Sequence[str] = ()
-    alpha: float = 0.9
-    tau: float = 4.0
+    method: str | None = TrainOptions.method
+    hints: Sequence[str] = TrainOptions.hints
+    alpha: float = TrainOptions.alpha
+    tau: float = TrainOptions.tau
     distill: float = 1.0
-    beta: float | None = None
-    kp_tau: float = 1.0
-    beta_end: float = 1.0
-    pre_regressor: bool = False
-    precision: str = "auto"
-    compile: bool = False
+    beta: float | None = TrainOptions.beta
+    kp_tau: float = TrainOptions.kp_tau
+    beta_end: float = TrainOptions.beta_end
+    pre_regressor: bool = TrainOptions.pre_regressor
+    precision: str = TrainOptions.precision
+    compile: bool = TrainOptions.compile
     seed: int = 0
-    checkpoint_every: float = 60.0
+    checkpoint_every: float = TrainOptions.checkpoint_every
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or (self.steps is not None and self.steps < 1):

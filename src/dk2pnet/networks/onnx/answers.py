@@ -19,7 +19,7 @@ from dk2pnet.measure import Predictions
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.runner import tensors_of
 
-__all__ = ["OnnxPredictions", "check_repeats", "comparable", "errors_of", "proven"]
+__all__ = ["OnnxPredictions", "check_repeats", "comparable", "errors_of", "mean_error", "proven"]
 
 # How much the rewritten file may differ from the same graph with the folded weights: both compute the same.
 _EXACT = 1e-3
@@ -78,6 +78,12 @@ def errors_of(teacher: Predictions, student: Predictions) -> dict[str, float]:
             off, energy = off + o, energy + e
         errors[name] = off / max(energy, 1e-300) if np.isfinite(off) else math.inf
     return errors
+
+
+def mean_error(teacher: Predictions, student: Predictions) -> float:
+    """Of all outputs, the mean of what `errors_of` gives."""
+    errors = errors_of(teacher, student)
+    return sum(errors.values()) / max(len(errors), 1)
 
 
 def check_repeats(graph: OnnxGraph, single: Feed, model: str, threads: int | None) -> None:

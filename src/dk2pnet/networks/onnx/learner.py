@@ -25,7 +25,7 @@ from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d, set_form
 from dk2pnet.measure import Predictions, is_classifier
 from dk2pnet.networks.network import NotLearnable
-from dk2pnet.networks.onnx.answers import errors_of
+from dk2pnet.networks.onnx.answers import mean_error
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.sites import OnnxSite
 from dk2pnet.networks.torch.gather import gather_moments
@@ -83,8 +83,7 @@ class OnnxLearner:
 
     def rate_for(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> float:
         """By the relative error of the outputs."""
-        errors = errors_of(teacher, start)
-        return rate_for(sum(errors.values()) / max(len(errors), 1))
+        return rate_for(mean_error(teacher, start))
 
     def moments(self, samples: Samples, memory: int, run: Run) -> Iterator[dict[str, Moments]]:
         """With gradients, of a classifier."""
@@ -99,8 +98,7 @@ class OnnxLearner:
         model.probabilities = bool((scores[0] >= 0).all()) and torch.allclose(
             scores[0].sum(1), torch.ones(len(scores[0])), atol=1e-3
         )
-        paths = {f"module.{path}": name for name, path in AsTorch.layer_names(self.sites).items()}
-        convolutions: dict[str, Any] = {name: model.get_submodule(path) for path, name in paths.items()}
+        convolutions: dict[str, Any] = {name: model.module.get_submodule(path) for name, path in self.names.items()}
         total = samples.counts["calibration"]
         yield from gather_moments(
             model,

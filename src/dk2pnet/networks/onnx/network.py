@@ -27,7 +27,7 @@ from dk2pnet.errors import InputError, first_line
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Corrections, Settings, Solution
-from dk2pnet.networks.onnx.answers import OnnxPredictions, check_repeats, comparable, errors_of, proven
+from dk2pnet.networks.onnx.answers import OnnxPredictions, check_repeats, comparable, errors_of, mean_error, proven
 from dk2pnet.networks.onnx.gather import gather_onnx
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.learner import OnnxLearner
@@ -248,16 +248,12 @@ class OnnxNetwork:
 
     def divergence(self, teacher: Predictions, student: Predictions) -> float:
         """The relative squared error of each output, their mean."""
-        errors = errors_of(teacher, student)
-        return sum(errors.values()) / max(len(errors), 1)
+        return mean_error(teacher, student)
 
     def figures(self, teacher: Predictions, student: Predictions) -> dict[str, Any]:
         """Errors of the outputs in percent, root mean square."""
-        errors = errors_of(teacher, student)
-        return {
-            "relative_error": 100 * math.sqrt(sum(errors.values()) / max(len(errors), 1)),
-            "relative_errors": {name: 100 * math.sqrt(error) for name, error in errors.items()},
-        }
+        errors = {name: 100 * math.sqrt(error) for name, error in errors_of(teacher, student).items()}
+        return {"relative_error": 100 * math.sqrt(mean_error(teacher, student)), "relative_errors": errors}
 
     # -- students ----------------------------------------------------------------------------------------------------
 
