@@ -79,3 +79,9 @@ def figures(folder):
 
 def accuracy_in(answer):
     return float(answer.out.partition("accuracy ")[2].split()[0])
+
+
+def teach(folder, run=here):
+    """Train a small network on digits into ``teacher/``; what the command answered."""
+    options = ["--model", "lenet", "--data", "digits", "--epochs", 3, "--lr", 0.05, "--batch-size", 16]
+    return works(run, "train", *options, "--out", "teacher", cwd=folder)

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from command_line import FILES, LOGS, accuracy_in, error_of, figures, here, shell, snapshot, works
+from command_line import FILES, LOGS, accuracy_in, error_of, figures, here, shell, snapshot, teach, works
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -44,9 +44,7 @@ def write_digits(folder, count, labelled=True, start=0):
 def place(tmp_path_factory):
     """A folder with a trained network, teacher/."""
     folder = tmp_path_factory.mktemp("commands")
-    options = ["--model", "lenet", "--data", "digits", "--epochs", 3, "--lr", 0.05, "--batch-size", 16]
-    answer = works(shell, "train", *options, "--out", "teacher", cwd=folder)
-    assert "test accuracy" in answer.out
+    assert "test accuracy" in teach(folder, shell).out
     return folder
 
 

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import yaml
-from command_line import accuracy_in, error_of, figures, here, shell, snapshot, works
+from command_line import accuracy_in, error_of, figures, here, shell, snapshot, teach, works
 
 from dk2pnet.data import Normalization, load
 from dk2pnet.deploy.export import read_metadata
@@ -24,8 +24,7 @@ WRITTEN = {"plan.json", "model.onnx", "metrics.json", "report.html", "recipe.yam
 def place(tmp_path_factory):
     """A folder with teacher/model.onnx, a trained network."""
     folder = tmp_path_factory.mktemp("onnx")
-    options = ["--model", "lenet", "--data", "digits", "--epochs", 3, "--lr", 0.05, "--batch-size", 16]
-    works(here, "train", *options, "--out", "teacher", cwd=folder)
+    teach(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from command_line import FILES, LOGS, error_of, figures, here, snapshot, works
+from command_line import FILES, LOGS, error_of, figures, here, snapshot, teach, works
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,7 +22,7 @@ NETWORK = ["--model", "lenet", "--data", "digits", "--lr", 0.02, "--threads", 1]
 def place(tmp_path_factory):
     """A folder with a trained network, teacher/."""
     folder = tmp_path_factory.mktemp("training")
-    works(here, "train", *NETWORK[:4], "--epochs", 3, "--lr", 0.05, "--batch-size", 16, "--out", "teacher", cwd=folder)
+    teach(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import FILES, error_of, figures, here, snapshot, works
+from command_line import FILES, error_of, figures, here, snapshot, teach, works
 from PIL import Image
 from safetensors.torch import load_file
 from test_training_commands import kill_when, start
@@ -19,8 +19,7 @@ BASE = ["--model", "teacher", "--data", "digits"]
 def place(tmp_path_factory):
     """A folder with a trained network, teacher/."""
     folder = tmp_path_factory.mktemp("tuning")
-    options = ["--model", "lenet", "--data", "digits", "--epochs", 3, "--lr", 0.05, "--batch-size", 16]
-    works(here, "train", *options, "--out", "teacher", cwd=folder)
+    teach(folder)
     return folder
 
 

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 import yaml
+from command_line import error_of, figures, here, snapshot, teach, works
 from onnx import helper, numpy_helper
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,7 +24,6 @@ from dk2pnet.data import Normalization, load
 from dk2pnet.deploy.export import read_metadata
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.students import tuning
-from functional.command_line import error_of, figures, here, snapshot, works
 from graphs import needs_onnx_tuning, node, save, small, tensor, value, weights
 
 pytestmark = pytest.mark.usefixtures("no_timing")
@@ -35,8 +35,7 @@ FEW = ["--calibration-images", 100, "--no-rebuild", "--threads", 1]
 def place(tmp_path_factory):
     """A folder with a trained network, teacher/, of which teacher/model.onnx is used."""
     folder = tmp_path_factory.mktemp("gains")
-    options = ["--model", "lenet", "--data", "digits", "--epochs", 3, "--lr", 0.05, "--batch-size", 16]
-    works(here, "train", *options, "--out", "teacher", cwd=folder)
+    teach(folder)
     return folder
 
 
