@@ -9,7 +9,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dk2pnet import cli
 from timing import quick, time_by
@@ -85,3 +87,12 @@ def teach(folder, run=here):
     """Train a small network on digits into ``teacher/``; what the command answered."""
     options = ["--model", "lenet", "--data", "digits", "--epochs", 3, "--lr", 0.05, "--batch-size", 16]
     return works(run, "train", *options, "--out", "teacher", cwd=folder)
+
+
+def noise(folder, count, shape):
+    """Images of three kinds, each in a folder of its own, of which none shows anything."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        kind = folder / f"kind{number % 3}"
+        kind.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(kind / f"{number}.png")

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from command_line import error_of, figures, here, snapshot, teach, works
+from command_line import error_of, figures, here, noise, snapshot, teach, works
 from onnx import helper, numpy_helper
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
@@ -233,11 +233,7 @@ def test_a_folder_decides(place):
 
 
 def test_somebody_elses_images_calibrate_with_and_without_our_own(place):
-    rng = np.random.default_rng(0)
-    for number in range(130):
-        folder = place / "others" / f"kind{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    noise(place / "others", 130, (12, 9, 3))
     options = ["--calibration-data", "./others", "--budget", "macs=0.5", "--tune", 0, *FEW[2:]]
     works(here, "compress", *BASE, *options, "--out", "both", cwd=place)
     metrics = figures(place / "both")

@@ -3,12 +3,10 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import FILES, error_of, figures, here, snapshot, teach, works
-from PIL import Image
+from command_line import FILES, error_of, figures, here, noise, snapshot, teach, works
 from safetensors.torch import load_file
 from test_training_commands import kill_when, start
 
@@ -140,11 +138,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(place, name):
 
 
 def test_somebody_elses_images_calibrate_with_and_without_our_own(place):
-    rng = np.random.default_rng(0)
-    for number in range(130):
-        folder = place / "others" / f"kind{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    noise(place / "others", 130, (12, 9, 3))
     options = ["--calibration-data", "./others", "--budget", "macs=0.5", "--tune", 3]
     works(here, "compress", *BASE, *options, "--out", "both", cwd=place)
     images = figures(place / "both")["run"]["images"]
@@ -158,11 +152,7 @@ def test_somebody_elses_images_calibrate_with_and_without_our_own(place):
 
 
 def test_folders_of_somebody_elses_images_are_no_classes_of_the_network(place):
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        folder = place / "greys" / f"kind{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
+    noise(place / "greys", 24, (8, 8))
     named = ["--model", "lenet", "--weights", "teacher/model.safetensors", "--normalize", "0.5/0.5"]
     works(
         here, "compress", *named, "--calibration-data", "./greys", "--budget", "macs=0.5", "--out", "named", cwd=place
