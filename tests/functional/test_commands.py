@@ -21,11 +21,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from dk2pnet import load_student
-from dk2pnet.commands.train import _training_options
 from dk2pnet.data import Normalization, load, split_training
 from dk2pnet.errors import InputError
 from dk2pnet.measure import accuracy, predict
 from dk2pnet.options import TrainOptions
+from dk2pnet.training.trainer import TrainingOptions
 
 HALF = ["compress", "--model", "teacher", "--data", "digits", "--tune", "0", "--budget", "macs=0.5"]
 BY_NAME = ["--model", "lenet", "--data", "digits", "--normalize", "0.5/0.5"]
@@ -83,7 +83,7 @@ def test_options_of_train_reach_the_training(tmp_path, monkeypatch):
     wanted |= {"pre_regressor": True, "compile": True, "learning_rate": 0.3, "hints": ("a=b", "c")}
     wanted |= {"teacher": "resnet20", "teacher_weights": "w", "classes": 4, "images": 50, "augment": "none"}
     assert {name: seen[name] for name in wanted} == wanted
-    handed = _training_options(TrainOptions(**{name: seen[name] for name in asdict(TrainOptions())}))
+    handed = TrainingOptions.of(TrainOptions(**{name: seen[name] for name in asdict(TrainOptions())}))
     for name in ("epochs", "learning_rate", "weight_decay", "hints", "alpha", "kp_tau", "beta_end", "compile"):
         assert getattr(handed, name) == wanted[name]
 

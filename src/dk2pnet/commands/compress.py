@@ -157,7 +157,8 @@ def compress(
 
 def _check(wanted: Budget, data: object, options: CompressOptions) -> None:
     """What cannot be, before anything is read."""
-    check_target(options.target or "onnxruntime")
+    if options.target is not None:
+        check_target(options.target)
     if isinstance(data, Budget) or (isinstance(data, str) and data.partition("=")[0] in KINDS and "=" in data):
         raise InputError(f"data is {data!r}, which is a budget; give compress(model, data, budget), or budget={data!r}")
     if wanted.in_points and options.epochs:
@@ -180,17 +181,6 @@ def _train(
     """Train a student with the labels, beside its teacher."""
     assert isinstance(teacher.network, TorchNetwork)
     assert teacher.samples is not None
-    training = TrainingOptions(
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        method=options.method,
-        hints=tuple(options.hints),
-        precision=options.precision,
-        compile=options.compile,
-        seed=options.seed,
-        checkpoint_every=options.checkpoint_every,
-    )
     source = Source(
         teacher.samples.train,
         data if isinstance(data, str) else None,
@@ -202,7 +192,7 @@ def _train(
         fit(
             student.model,
             source,
-            training,
+            TrainingOptions.of(options),
             run,
             example=teacher.network.example,
             teacher=teacher.network.model,

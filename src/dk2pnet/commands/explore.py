@@ -80,7 +80,8 @@ def explore(
             raise InputError(f"explore shows what budgets lose, and {budget} is a loss; give macs=0.3, or none")
     if data is None and chosen.calibration_data is None:
         raise InputError("explore measures on images and none were given; give --data")
-    check_target(chosen.target or "onnxruntime")
+    if chosen.target is not None:
+        check_target(chosen.target)
     check_for_onnx(model, chosen)
     check_out(out, chosen.overwrite)
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work, ExitStack() as whole:

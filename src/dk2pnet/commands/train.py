@@ -61,7 +61,7 @@ def train(
         One sentence that says what was given, what was expected and what to do.
     """
     chosen = TrainOptions.of(options, flat)
-    given = _training_options(chosen)
+    given = TrainingOptions.of(chosen)
     check_out(out, chosen.overwrite)
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work:
         images = _images(model, data, chosen)
@@ -113,14 +113,6 @@ def train(
                 write_recipe(new / "recipe.yaml", "train", recipe)
                 keep_logs(folder, new)
     return metrics
-
-
-def _training_options(chosen: TrainOptions) -> TrainingOptions:
-    names = (
-        *("epochs", "batch_size", "learning_rate", "weight_decay", "method", "alpha", "tau", "beta", "beta_end"),
-        *("kp_tau", "pre_regressor", "precision", "compile", "seed", "checkpoint_every"),
-    )
-    return TrainingOptions(hints=tuple(chosen.hints), **{name: getattr(chosen, name) for name in names})
 
 
 def _images(model: str, data: str, chosen: TrainOptions) -> ImageData:

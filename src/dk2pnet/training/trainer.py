@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, layout_of, outputs_of, use_form
-from dk2pnet.options import PRECISIONS, TrainOptions
+from dk2pnet.options import PRECISIONS, Options, TrainOptions
 from dk2pnet.processes import is_alone
 from dk2pnet.run.seed import random_state, set_random_state
 from dk2pnet.training.checkpoint import Checkpoints, digest_of
@@ -94,6 +94,12 @@ class TrainingOptions:
     compile: bool = TrainOptions.compile
     seed: int = 0
     checkpoint_every: float = TrainOptions.checkpoint_every
+
+    @classmethod
+    def of(cls, options: Options) -> TrainingOptions:
+        """What the options of a verb say of training; the rest at its default."""
+        known = {each.name for each in fields(cls)} & {each.name for each in fields(options)}
+        return cls(**{name: getattr(options, name) for name in known})
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or (self.steps is not None and self.steps < 1):

@@ -14,7 +14,7 @@ from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.runner import tensors_of
-from dk2pnet.networks.onnx.sites import OnnxSite, conv_of
+from dk2pnet.networks.onnx.sites import OnnxSite
 from dk2pnet.networks.patches import in_groups, patches_of
 
 __all__ = ["as_tensor", "gather_onnx", "positions_for"]
@@ -41,7 +41,7 @@ def gather_onnx(
         When an activation is not finite.
     """
     start = 0
-    for names in in_groups({name: conv_of(site) for name, site in sites.items()}, memory):
+    for names in in_groups({name: site.conv for name, site in sites.items()}, memory):
         group = {name: sites[name] for name in names}
         moments = {name: _zeros(site) for name, site in group.items()}
         run = tensors_of(network.proto, [site.x for site in group.values()], threads)
@@ -50,7 +50,7 @@ def gather_onnx(
         for feed in batches:
             found = run(feed)
             for name, site in group.items():
-                x, conv = _input(site, found), conv_of(site)
+                x, conv = _input(site, found), site.conv
                 for patches in patches_of(conv, x, feed.samples, done, positions_for(conv, samples), seed):
                     moments[name].add_patches(patches)
             done += feed.samples
@@ -69,7 +69,7 @@ def gather_onnx(
 
 
 def _zeros(site: OnnxSite) -> Moments:
-    conv = conv_of(site)
+    conv = site.conv
     return Moments.zeros(conv.groups, conv.weight[0].numel())
 
 

@@ -19,7 +19,7 @@ from dk2pnet.errors import InputError
 from dk2pnet.networks.network import Site
 from dk2pnet.networks.onnx.graph import OURS, attributes_of, graphs_in, nodes_in, reads
 
-__all__ = ["OnnxSite", "apply_keep", "conv_of", "sites_of"]
+__all__ = ["OnnxSite", "apply_keep", "sites_of"]
 
 _SAME = ("SAME_UPPER", "SAME_LOWER")
 
@@ -288,9 +288,3 @@ def apply_keep(sites: list[OnnxSite], keep: Iterable[str], first: bool, path: Pa
             raise InputError(f"--keep {pattern} matches no convolution of {path}; their names are {names}, ...")
         for site in chosen:
             site.reason = f"kept by --keep {pattern}"
-
-
-def conv_of(site: OnnxSite) -> nn.Conv2d:
-    """The convolution of a site that can be decomposed."""
-    assert isinstance(site.module, nn.Conv2d)
-    return site.module

@@ -17,7 +17,7 @@ from dk2pnet.layer import DKConv2d, arguments_of
 from dk2pnet.networks.onnx.gather import as_tensor, positions_for
 from dk2pnet.networks.onnx.graph import OnnxGraph, part_of, reads
 from dk2pnet.networks.onnx.rewrite import dense_node
-from dk2pnet.networks.onnx.sites import OnnxSite, conv_of
+from dk2pnet.networks.onnx.sites import OnnxSite
 from dk2pnet.networks.patches import patches_of
 
 __all__ = ["Unsuitable", "layer_of", "reconstruct_onnx", "with_bias"]
@@ -29,7 +29,7 @@ class Unsuitable(Exception):
 
 def layer_of(site: OnnxSite, factors: Factors, bias: Tensor | None = None) -> DKConv2d:
     """The DK layer with these factors, and with another bias where one is given."""
-    conv = conv_of(site)
+    conv = site.conv
     if bias is not None:
         conv = nn.Conv2d(**arguments_of(conv))
         conv.bias = nn.Parameter(bias.float())
@@ -68,7 +68,7 @@ def reconstruct_onnx(
     def visit(
         site: OnnxSite, teacher: Iterable[np.ndarray], student: Iterable[np.ndarray]
     ) -> tuple[Tensor, Tensor | None]:
-        conv = conv_of(site)
+        conv = site.conv
         sums = _Pair(conv)
         first = 0
         for feed, before, after in zip(fit, teacher, student, strict=True):
@@ -174,7 +174,7 @@ class _Walk:
             site = by_output.get(first) if node.op_type == "Conv" else None
             if site is not None:
                 self.cuts.append((len(self.nodes), site))
-                node, weights = dense_node(site, conv_of(site).weight, conv_of(site).bias, f"{site.y}/teacher_")
+                node, weights = dense_node(site, site.conv.weight, site.conv.bias, f"{site.y}/teacher_")
                 self.weights += weights
             self.nodes.append(node)
         held = {tensor.name for tensor in graph.initializer} | self.hoisted.keys() | {w.name for w in self.weights}
