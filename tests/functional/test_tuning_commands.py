@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_training_commands import kill_when, start
 
 BASE = ["--model", "teacher", "--data", "digits"]
+QUICK = ["--tune", 0, "--no-rebuild", "--calibration-images", 100]  # where any student will do
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_foreign_weights_on_the_validation_tenth_are_told_of(place):
     foreign = ["--model", "lenet", "--weights", "teacher/model.safetensors", "--data", "digits"]
     plan = json.loads((place / "teacher/plan.json").read_text())["normalization"]
     norm = f"{plan['mean'][0]}/{plan['std'][0]}"
-    options = ["--normalize", norm, "--budget", "drop=15", "--tune", 0]
+    options = ["--normalize", norm, "--budget", "drop=15", *QUICK]
     answer = works(here, "compress", *foreign, *options, "--out", "foreign", cwd=place)
     assert "which a network trained elsewhere has usually been trained on" in answer.out
 
@@ -87,6 +88,7 @@ def test_explore_prints_the_table_and_writes_the_page(place):
 
 def test_a_killed_explore_goes_on_after_the_points_that_are_done(place):
     command = ["explore", *BASE, "--budget", "macs=0.6", "--budget", "macs=0.35", "--tune", 10, "--threads", 1]
+    command += ["--no-rebuild"]
     process = start(*command, "--out", "stopped", cwd=place)
     done = place / "stopped.unfinished/probes/macs=0.6/point.json"
     assert kill_when(process, done.exists)
@@ -108,7 +110,7 @@ BAD = {
     "holdout without points": (["compress", *BASE, "--holdout-split", "test"], ["budget in points"]),
     "holdout of no split": (["compress", *BASE, "--budget", "drop=9", "--holdout-split", "dev[:9]"], ["train or test"]),
     "holdout folder": (["compress", *BASE, "--budget", "drop=9", "--holdout", "./none"], ["none", "exist"]),
-    "images too few": (["compress", *BASE, "--budget", "drop=0.2", "--tune", 0], ["143 images cannot tell"]),
+    "images too few": (["compress", *BASE, *QUICK, "--budget", "drop=0.2"], ["143 images cannot tell"]),
     "points for explore": (["explore", *BASE, "--budget", "drop=1"], ["drop=1 is a loss"]),
     "explore without images": (["explore", "--model", "teacher"], ["--data"]),
     "a point that cannot be": (["explore", *BASE, "--budget", "macs=0.01"], ["cannot be reached"]),
