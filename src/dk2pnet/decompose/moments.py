@@ -10,6 +10,9 @@ from torch import Tensor
 
 __all__ = ["CRITERIA", "Moments"]
 
+# Rows of a triangle that are multiplied at once: a product of equal matrices is symmetric, half of it is enough.
+_BLOCK = 1024
+
 # What a criterion needs: moments of the inputs (A), and gradients at the outputs (B).
 CRITERIA = {"weight": (False, False), "response": (True, False), "loss": (True, True)}
 
@@ -48,9 +51,14 @@ class Moments:
         """Add input patches ``(n, G, C q)``: products in float32, summed in float64."""
         if patches.dtype.itemsize < 4:  # sums of squares leave the range of float16
             patches = patches.float()
-        by_group = patches.transpose(0, 1)
+        by_group = patches.detach().transpose(0, 1)
         for group, rows in enumerate(by_group):
-            self.input_sum[group] += (rows.T @ rows).to(self.input_sum)
+            total = self.input_sum[group]
+            for start in range(0, rows.shape[1], _BLOCK):
+                stop = min(start + _BLOCK, rows.shape[1])
+                product = (rows[:, start:stop].T @ rows[:, start:]).to(total)
+                total[start:stop, start:] += product
+                total[stop:, start:stop] += product[:, stop - start :].T
         self.mean_sum += patches.sum(0, dtype=torch.float64).to(self.mean_sum)
         self.positions += patches.shape[0]
 

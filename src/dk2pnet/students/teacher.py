@@ -20,7 +20,7 @@ from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Site
-from dk2pnet.networks.open import is_onnx_file, open_with_data, warn_of_other_classes
+from dk2pnet.networks.open import is_onnx_file, load_data, open_with_data, warn_of_other_classes
 from dk2pnet.options import CompressOptions, ExploreOptions
 from dk2pnet.run.run import Run
 from dk2pnet.students.tuning_steps import Tuning, tuning_of
@@ -140,19 +140,26 @@ def _running(
         raise InputError(
             "data are batches, which calibrate too; leave calibration_data away, or name a data set as data"
         )
-    if options.calibration_data is not None and data is None and getattr(options, "epochs", None):
+    name, classes = data if isinstance(data, str) else None, options.classes
+    tests_only = _tests_only(name, options)
+    if options.calibration_data is not None and (data is None or tests_only) and getattr(options, "epochs", None):
         raise InputError(
-            "training needs the network's own images (--data); --calibration-data only calibrates and tunes"
+            "training needs the training split of the network's own images (--data); --calibration-data only "
+            "calibrates and tunes"
         )
+    if tests_only and classes is None and options.weights != "pretrained":
+        assert name is not None
+        test = load_data(name, "test", model, data_dir=options.data_dir, input_size=options.input_size)
+        classes = len(test.classes) if test is not None and test.classes else None
     network, training = open_with_data(
         model,
-        options.calibration_data if data is None else data if isinstance(data, str) else None,
+        options.calibration_data if data is None or tests_only else name,
         weights=options.weights,
         normalize=options.normalize,
         data_dir=options.data_dir,
         input_size=options.input_size,
-        classes=options.classes,
-        own=data is not None,
+        classes=classes,
+        own=data is not None and not tests_only,
     )
     samples = _samples(network, training, data, options)
     example = getattr(options, "example_input", None)
@@ -167,6 +174,14 @@ def _running(
     return network, samples, training
 
 
+def _tests_only(data: str | None, options: CompressOptions | ExploreOptions) -> bool:
+    """Whether a data set has only images to test with, and others calibrate: as ImageNet's validation images do."""
+    if data is None or options.calibration_data is None or data.endswith(".npz"):
+        return False
+    dir_ = options.data_dir
+    return not has_split(data, "train", dir_) and has_split(data, "test", dir_)
+
+
 def _samples(
     network: Network, training: ImageData | None, data: Any, options: CompressOptions | ExploreOptions
 ) -> Samples | None:
@@ -174,13 +189,14 @@ def _samples(
     holdout, calibration = options.holdout, options.calibration_data
     if training is not None:
         test, other, elsewhere = None, None, None
-        if data is not None and has_split(data, "train", dir_):
+        tests_only = _tests_only(data, options)
+        if data is not None and (tests_only or has_split(data, "train", dir_)):
             test = load_test(data, training, dir_)
         if holdout is not None:
             if not isinstance(holdout, str):
                 raise InputError("data is the name of a data set, so the holdout has to be a folder of images")
             other = any_split(holdout, dir_, training, ("test", "train"))
-        if calibration is not None:
+        if calibration is not None and not tests_only:
             elsewhere = any_split(calibration, dir_, training, ("train", "test"))
         return named_samples(
             training,

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
-from dk2pnet.measure import inference_of, is_classifier, outputs_of
+from dk2pnet.measure import in_layout, inference_of, is_classifier, layout_of, outputs_of
 from dk2pnet.networks.patches import geometry_of, in_groups, patches_of, uniform_of
 
 __all__ = ["gather_moments"]
+
+_ROWS = 2048  # patches of a layer that are multiplied at once, at most
 
 
 def gather_moments(
@@ -83,15 +85,24 @@ def _one_pass(
     progress: Callable[[str, int], None] | None,
 ) -> dict[str, Moments]:
     moments = {}
+    waiting: dict[str, list[Tensor]] = {}
     for name, conv in convolutions.items():
         groups, inputs, outputs = geometry_of(conv)
         moments[name] = Moments.zeros(groups, inputs, outputs if gradients else None)
+        waiting[name] = []
     done = size = 0
+
+    def add(name: str) -> None:
+        moments[name].add_patches(torch.cat(waiting[name]))
+        waiting[name].clear()
 
     def see_input(name: str) -> Callable:
         def hook(module: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
             for patches in patches_of(module, args[0].detach(), size, first_image + done, positions, seed):
-                moments[name].add_patches(patches)
+                waiting[name].append(patches)
+                # Products of few rows spend their time on adding up large sums.
+                if sum(map(len, waiting[name])) >= min(_ROWS, patches.shape[2]):
+                    add(name)
 
         return hook
 
@@ -113,12 +124,18 @@ def _one_pass(
 
     with ExitStack() as stack:
         stack.enter_context(inference_of(model))
-        for name, conv in convolutions.items():
-            stack.callback(conv.register_forward_pre_hook(see_input(name)).remove)
-            if gradients:
-                stack.callback(conv.register_forward_hook(see_gradient(name)).remove)
+        layout = None
         for x, _ in batches:
             x = x.to(device)
+            if layout is None:
+                layout = layout_of(x[:2], model)
+                in_layout(model, layout)
+                stack.callback(in_layout, model, torch.contiguous_format)
+                for name, conv in convolutions.items():
+                    stack.callback(conv.register_forward_pre_hook(see_input(name)).remove)
+                    if gradients:
+                        stack.callback(conv.register_forward_hook(see_gradient(name)).remove)
+            x = x.to(memory_format=layout)
             size = len(x)
             if gradients:
                 # Parameters ask for no gradients here; the graph hangs on the input.
@@ -146,6 +163,9 @@ def _one_pass(
             done += size
             if progress is not None:
                 progress(what, done)
+    for name, rows in waiting.items():
+        if rows:
+            add(name)
     if done == 0:
         raise InputError("there are no calibration images; give --data with at least two images")
     for name, sums in moments.items():
