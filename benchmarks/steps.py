@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common import plain_parser, read_results, write_results
+from dk2pnet import layer
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.layer import DKConv2d
 from dk2pnet.modules import replace_modules
@@ -41,7 +42,7 @@ RECIPES = {  # precision, layout, torch.compile
     "bf16, channels last": ("bf16", torch.channels_last, False),
     "bf16, channels last, compiled": ("bf16", torch.channels_last, True),
 }
-SEPARATE = {"folded": 10**9, "as chosen": trainer._SEPARATE, "branches": 0}  # channels from which a layer has branches
+SEPARATE = {"folded": 10**9, "as chosen": layer._DEPTHWISE, "branches": -(10**9)}  # what a depthwise product costs
 STUDENTS = ("dk2pnet-8x16", "dk2pnet-14x16", "dk2pnet-20x32", "dk2pnet-32x32")
 NETWORKS = {"resnet20": (128, 32), "resnet32 with DK layers, KP + KD": (128, 32), "torchvision/resnet18": (32, 96)}
 
@@ -148,7 +149,7 @@ def forms(rounds: int) -> list[dict]:
 
         def arm(least: int, student: nn.Module = student) -> Callable[[], list[float]]:
             def turns() -> list[float]:
-                with mock.patch.object(trainer, "_SEPARATE", least):
+                with mock.patch.object(layer, "_DEPTHWISE", least):
                     return turn(student, None, options, torch.channels_last, data)
 
             return turns

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from dk2pnet.decompose.solve import Factors, solve
 from dk2pnet.errors import InputError
 
-__all__ = ["FORMS", "DKConv2d", "arguments_of", "set_form"]
+__all__ = ["FORMS", "DKConv2d", "arguments_of", "set_fast_form", "set_form"]
 
+# Multiply-adds of a dense product in whose time a CPU does one of a depthwise convolution.
+_DEPTHWISE = 112
 FORMS = ("folded", "branches", "concat")
 
 
@@ -409,3 +411,20 @@ def _branch_sizes(source: list[int]) -> list[int]:
         sizes.append(stop - start)
         previous, start = branch, stop
     return sizes
+
+
+def set_fast_form(model: nn.Module, device: torch.device) -> None:
+    """Give every DK layer in `model` the form that PyTorch computes fastest, with its gradients too.
+
+    On a CPU, a layer whose two convolutions are faster than the folded one; measured by the part ``forms`` of
+    `benchmarks/steps.py`.
+    """
+    for module in model.modules():
+        if not isinstance(module, DKConv2d):
+            continue
+        outputs, kernels = module.out_channels // module.groups, len(module.source)
+        dense = module.in_channels * math.prod(module.kernel_size) * outputs
+        module.form = "folded"
+        if device.type == "cpu" and kernels * (outputs + _DEPTHWISE) < dense:
+            full = all(size == module.in_channels for size in module.branch_sizes)
+            module.form = "branches" if full else "concat"

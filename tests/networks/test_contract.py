@@ -128,7 +128,7 @@ class Listed:
         kept = yield "nonsense", worse
         assert not kept
 
-    def after_tuning(self, student, samples, run):
+    def after_tuning(self, student, batches, run):
         yield from ()
 
     def learner(self, samples, sites, run):

@@ -31,6 +31,7 @@ __all__ = [
     "augmentation_for",
     "batch_size_for",
     "generator_for",
+    "shift",
 ]
 
 SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image keeps at least, as is usual
@@ -405,7 +406,7 @@ class Batches:
         for part, augment, _, seed in tasks:
             x = images[part]
             if augment != "none":
-                x = _shift(x, torch.Generator().manual_seed(seed), flip=augment == "natural")
+                x = shift(x, torch.Generator().manual_seed(seed), flip=augment == "natural")
             yield x
 
     def _from_workers(self, tasks: Sequence[tuple[Tensor, str, float, int]]) -> Iterator[Tensor]:
@@ -429,7 +430,7 @@ def generator_for(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+def shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     """Move every image of ``x (B, C, H, W)`` by up to an eighth of its sides, filling with 0; mirror half of them."""
     count, _, height, width = x.shape
     down, right = height // 8, width // 8

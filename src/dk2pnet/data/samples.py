@@ -30,6 +30,7 @@ __all__ = [
     "any_split",
     "array_samples",
     "named_samples",
+    "spread",
     "user_samples",
 ]
 
@@ -262,6 +263,12 @@ class Every:
             first += len(x)
             if rows:
                 yield cut(x, y, rows)
+
+
+def spread(samples: Samples, count: int) -> Batches:
+    """About so many of the images that are gathered from, evenly spread: a user's own may lie sorted by class."""
+    step = samples.counts["calibration"] // count
+    return Every(samples.gather, step, True) if step > 1 else samples.gather
 
 
 @dataclass(frozen=True)

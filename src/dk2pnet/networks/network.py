@@ -18,6 +18,7 @@ from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import Predictions
 from dk2pnet.plan import Plan
 from dk2pnet.run.run import Run
+from dk2pnet.training.recipe import Recipe
 from dk2pnet.training.trainer import TrainingOptions
 
 __all__ = ["Corrections", "Learner", "Network", "NotLearnable", "Site", "Solution"]
@@ -103,8 +104,12 @@ class Learner(Protocol):
     normalization: Normalization | None  # of what `data` gives, where that is a data set
     names: Mapping[str, str]  # by site, where its DK layer is among a student's modules
 
-    def data(self, samples: Samples) -> Any:
-        """What it is tuned on: a data set, or batches of tensors."""
+    def data(self, samples: Samples, memory: float) -> Any:
+        """What it is tuned on: a data set, images of which so many bytes may be kept, or batches of tensors."""
+        ...
+
+    def held_out(self, samples: Samples, step: int) -> Batches:
+        """Every so many-th of the held-out samples, as tensors."""
         ...
 
     def student(self, student: Any) -> nn.Module:
@@ -115,8 +120,9 @@ class Learner(Protocol):
         """The student with what the module has learnt."""
         ...
 
-    def rate_for(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> float:
-        """The learning rate for a student that answers the held-out images so, where `options` do not ask for one."""
+    def recipes(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> list[Recipe]:
+        """What a student that answers the held-out samples so may be tuned with, where `options` do not ask for
+        anything: the first one where nothing is tried."""
         ...
 
 
@@ -194,8 +200,8 @@ class Network(Protocol):
         """What can be put right in a student of this network once its layers are replaced."""
         ...
 
-    def after_tuning(self, student: Any, samples: Samples, run: Run) -> Corrections:
-        """What can be put right in a student that was tuned."""
+    def after_tuning(self, student: Any, batches: Batches, run: Run) -> Corrections:
+        """What can be put right in a student that was tuned with batch norm in training mode."""
         ...
 
     def learner(self, samples: Samples, sites: Mapping[str, Any], run: Run) -> Learner:

@@ -7,20 +7,24 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from dk2pnet import processes
 from dk2pnet.data import ImageData
-from dk2pnet.data.samples import Samples
+from dk2pnet.data.samples import Samples, spread
+from dk2pnet.data.tensors import TensorImages
 from dk2pnet.errors import Refused
+from dk2pnet.measure import Predictions, predict
 from dk2pnet.networks.network import Network
 from dk2pnet.run.out_folder import write_json
 from dk2pnet.run.run import Run
@@ -29,13 +33,21 @@ from dk2pnet.students.decisions import Judge
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.hints import find_pairs
+from dk2pnet.training.recipe import Recipe, choose, trial_steps
 from dk2pnet.training.trainer import NotFinite, TrainingOptions
+from dk2pnet.training.whitened import plain_state
 
 __all__ = ["Tuner"]
 
 _FEWEST_FOR_BATCH_NORM = 16  # images in a batch, for statistics of their own
 _CROP = 0.5  # the least share of a large image
 _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
+_TRIALS = 6  # about so many, with the looks at the held-out samples
+_TRIAL_IMAGES = 256  # that batch norm is estimated on after a trial
+_WATCHED, _WATCHED_SMALL = 128, 1000  # held-out images that trials and looks use, large ones and small ones
+# When a run is looked at, as shares of its steps, and from how many steps on.
+_LOOKS, _FEWEST_TO_LOOK = (0.5, 0.75, 0.9), 50
+_LOST = 2  # a run that is so many times as far from the teacher as its start is ended
 _DROPOUTS = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # torchvision's own, whose rate is called p too
 
 _log = logging.getLogger(__name__)
@@ -44,7 +56,7 @@ _log = logging.getLogger(__name__)
 class Tuner:
     """Tunes students of one teacher on the same samples, in the same way.
 
-    `options`: None for the learner's own, at a learning rate by how far from the teacher a student starts.
+    `options`: None for the learner's own, with the recipe that the held-out samples choose for each student.
     """
 
     def __init__(
@@ -53,11 +65,11 @@ class Tuner:
         assert teacher.learner is not None
         assert teacher.samples is not None
         assert teacher.held is not None
-        self.teacher, self.run, self.whitened, self.rate_by_start = teacher, run, whitened, options is None
+        self.teacher, self.run, self.whitened, self.chooses = teacher, run, whitened, options is None
         self.learner, self.samples, self.held = teacher.learner, teacher.samples, teacher.held
         self.judge = Judge(teacher.network, self.held, self.samples.held_out, run)
         self.source = Source(
-            self.learner.data(self.samples),
+            self.learner.data(self.samples, teacher.options.memory * 2**30),
             teacher.named,
             self.learner.normalization,
             teacher.options.augment,
@@ -68,12 +80,15 @@ class Tuner:
         count = self.samples.counts["calibration"]
         batch = min(options.batch_size if max(example.shape[2:]) <= 64 else 32, count)
         precision = teacher.options.precision if options.precision == "auto" else options.precision
+        if not isinstance(self.source.data, ImageData):  # as many at once as the network is known to take
+            least = min(len(x) for x, _ in self.samples.gather)
+            kept = isinstance(self.source.data, TensorImages) and not teacher.network.batching.size
+            batch = batch if kept else least
         changes: dict[str, Any] = {"batch_size": batch, "precision": precision, "seed": run.seed}
-        if not isinstance(self.source.data, ImageData):  # a user's own batches are taken as they are
-            batch = min(len(x) for x, _ in self.samples.gather)
         if batch < _FEWEST_FOR_BATCH_NORM:
             changes["batch_norm"] = "frozen"
         self.options = replace(options, checkpoint_every=teacher.options.checkpoint_every, **changes)
+        self.large = max(example.shape[2:]) > 64
         if all_alike(self.samples):
             _log.warning("the calibration images are all alike: what is tuned on them says little about others")
 
@@ -82,37 +97,37 @@ class Tuner:
 
         What was decided is added to ``solved.decisions``. `folder` is for checkpoints and the log.
         """
-        module = self.learner.student(solved.student)
-        rate = self.options.learning_rate
-        if self.rate_by_start:
-            rate = self.learner.rate_for(
-                self.held, solved.student.predict(self.samples.held_out, self.run), self.options
-            )
         try:
-            self._train(module, solved, steps, folder, rate)
+            recipe = self._recipe(solved, steps, folder)
+            module = self.learner.student(solved.student)
+            watch = _Watch(self._distance, module, steps, folder)
+            self._train(module, solved, steps, folder, recipe, watch)
         except NotFinite as error:
             what = str(error).split(";")[0]  # its advice is for a training that was asked for
             _log.warning("tuning was given up, the closed form is kept: %s", what)
             before = self.judge.divergence(solved.student)
             solved.decisions.append(self.judge.entry("tuning (given up)", before, None, False))
             return None
+        watch.put_best(module)
         tuned = self.learner.learned(solved.student, module)
-        tuned = self.judge.apply(
-            self.teacher.network.after_tuning(tuned, self.samples, self.run), tuned, solved.decisions
-        )
+        if recipe.batch_norm == "training":
+            corrections = self.teacher.network.after_tuning(tuned, self.samples.gather, self.run)
+            tuned = self.judge.apply(corrections, tuned, solved.decisions)
         kept = self.judge.closer("tuning", solved.student, tuned, solved.decisions)
+        solved.decisions[-1]["recipe"] = str(recipe)
         return tuned if kept is tuned else None
 
     def steps_in(self, seconds: float, solved: Solved, folder: Path | None = None) -> int:
-        """How many steps take so long here. Measured once: `folder` keeps the answer for a run that goes on."""
+        """How many steps take so long here, trials included. Measured once: `folder` keeps the answer for a run that
+        goes on."""
         path = folder / "steps.json" if folder is not None else None
         if path is not None and path.exists():
             return json.loads(path.read_text(encoding="utf-8"))["steps"]
         times: list[float] = []
         loud, self.run = self.run, replace(self.run, progress=lambda *_: times.append(time.perf_counter()))
         try:
-            module = self.learner.student(solved.student)
-            self._train(module, solved, _WARM + _TIMED, None, self.options.learning_rate)
+            recipe = self._recipes(solved)[0]
+            self._train(self.learner.student(solved.student), solved, _WARM + _TIMED, None, recipe)
         except NotFinite:
             return 1  # which meets it again, and gives up
         finally:
@@ -125,15 +140,81 @@ class Tuner:
             raise Refused(
                 f"tuning was asked for {seconds:g} s, and one step takes {each:.1f} s; give more time, or --tune 0"
             )
+        if self.chooses:
+            steps = max(steps - _TRIALS * trial_steps(steps), 1)
         if path is not None and processes.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"steps": steps})
         return steps
 
-    def _train(self, student: nn.Module, solved: Solved, steps: int, folder: Path | None, rate: float) -> None:
-        options, learner = replace(self.options, steps=steps, learning_rate=rate), self.learner
+    # -- the recipe --------------------------------------------------------------------------------------------------
+
+    def _recipes(self, solved: Solved) -> list[Recipe]:
+        if not self.chooses:
+            return [Recipe(self.options.learning_rate, self.options.batch_norm, self.whitened)]
+        start = solved.student.predict(self.samples.held_out, self.run)
+        found = self.learner.recipes(self.held, start, self.options)
+        return [replace(recipe, whitened=recipe.whitened and self.whitened) for recipe in found]
+
+    def _recipe(self, solved: Solved, steps: int, folder: Path | None) -> Recipe:
+        """The one that leads closest to the teacher in a few steps; `folder` keeps it for a run that goes on."""
+        path = folder / "recipe.json" if folder is not None else None
+        if path is not None and path.exists():
+            return Recipe(**json.loads(path.read_text(encoding="utf-8"))["chosen"])
+        recipes, length = self._recipes(solved), trial_steps(steps)
+        if not self.chooses or not length:
+            return recipes[0]
+
+        def trial(recipe: Recipe) -> float:
+            module = self.learner.student(solved.student)
+            try:
+                self._train(module, solved, length, None, recipe, what=f"trying {recipe}")
+            except NotFinite:
+                return math.inf
+            if recipe.batch_norm == "training":
+                tried = self.learner.learned(solved.student, module)
+                few = spread(self.samples, _TRIAL_IMAGES)
+                for _, better in self.teacher.network.after_tuning(tried, few, self.run):
+                    assert better is not None
+                    module = self.learner.student(better)
+            found = [self._distance(module)]
+            processes.broadcast(found)
+            return found[0]
+
+        chosen, tried = choose(recipes, trial)
+        _log.info("tuning: %s, the best of %d trials of %d steps", chosen, len(tried), length)
+        if path is not None and processes.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"chosen": asdict(chosen), "steps": length, "tried": tried})
+        return chosen
+
+    def _distance(self, module: nn.Module) -> float:
+        """From the teacher, on some of the held-out samples, of a module in training."""
+        answers, batches = self._some
+        return self.teacher.network.divergence(answers, predict(module, batches, self.run.device))
+
+    @cached_property
+    def _some(self) -> tuple[Predictions, list[Any]]:
+        """Some held-out samples as the learner takes them, and the answers of its teacher."""
+        step = max(1, self.samples.counts["held out"] // (_WATCHED if self.large else _WATCHED_SMALL))
+        batches = list(self.learner.held_out(self.samples, step))
+        return predict(self.learner.teacher, batches, self.run.device), batches
+
+    def _train(
+        self,
+        student: nn.Module,
+        solved: Solved,
+        steps: int,
+        folder: Path | None,
+        recipe: Recipe,
+        watch: Callable[[nn.Module, int, int], bool] | None = None,
+        what: str = "tuning",
+    ) -> None:
+        options = replace(self.options, steps=steps, learning_rate=recipe.rate, batch_norm=recipe.batch_norm)
+        learner = self.learner
         if options.method != "kd" and not options.hints and not find_pairs(student, learner.teacher, learner.example):
-            options = replace(options, method="kd", distill=1.0)  # no feature maps: the outputs alone teach
+            # No feature maps: the outputs alone teach.
+            options = replace(options, method="kd", distill=1.0, output_loss="kl")
         names = learner.names
         whitenings = {names[name]: whitening for name, whitening in solved.whitenings.items()}
         with _without_dropout(student):
@@ -144,10 +225,51 @@ class Tuner:
                 self.run,
                 example=learner.example,
                 teacher=learner.teacher,
-                whitenings=whitenings if self.whitened else None,
-                what="tuning",
+                whitenings=whitenings if recipe.whitened else None,
+                what=what,
                 folder=folder,
+                watch=watch,
             )
+
+
+class _Watch:
+    """Looks at a training now and then by the held-out samples: keeps the best weights, ends what leads nowhere.
+
+    `distance`: from the teacher. `folder` keeps the best for a run that goes on.
+    """
+
+    def __init__(
+        self, distance: Callable[[nn.Module], float], start: nn.Module, steps: int, folder: Path | None
+    ) -> None:
+        self.distance, self.folder = distance, folder
+        self.looks = {math.ceil(steps * share) for share in _LOOKS} if steps >= _FEWEST_TO_LOOK else set()
+        self.limit = _LOST * distance(start) if self.looks else math.inf
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.last = 0
+        if folder is not None and (folder / "best.json").exists():
+            notes = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+            self.best = notes["distance"], notes["step"], load_file(str(folder / "best.safetensors"))
+
+    def __call__(self, model: nn.Module, step: int, total: int) -> bool:
+        """After every step."""
+        self.last = step
+        if step not in self.looks and step != total:
+            return True
+        found = [self.distance(model)]
+        processes.broadcast(found)
+        if self.best is None or found[0] <= self.best[0]:
+            self.best = found[0], step, plain_state(model)
+            if self.folder is not None and processes.is_main():
+                save_file(
+                    {name: t.contiguous() for name, t in self.best[2].items()}, str(self.folder / "best.safetensors")
+                )
+                write_json(self.folder / "best.json", {"distance": found[0], "step": step})
+        return found[0] <= self.limit
+
+    def put_best(self, model: nn.Module) -> None:
+        """Give the model the best weights, where they are not its last."""
+        if self.best is not None and self.best[1] != self.last:
+            model.load_state_dict(self.best[2])
 
 
 def all_alike(samples: Samples) -> bool:

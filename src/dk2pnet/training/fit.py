@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dk2pnet.data import SMALLEST_CROP, ImageData, Normalization
 from dk2pnet.data.images import augmentation_for, batch_size_for
+from dk2pnet.data.tensors import TensorBatches, TensorImages
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
 from dk2pnet.measure import accuracy, predict
@@ -23,7 +24,7 @@ __all__ = ["Source", "fit"]
 
 @dataclass(frozen=True)
 class Source:
-    """What is trained on: a data set of that `name`, or (the rest is not looked at then) a user's own batches.
+    """What is trained on: a data set of that `name`, a user's own images, or (the rest is not looked at then) batches.
 
     `augment`, `least_crop`, `whole`: as in `ImageData.batches`, None for what suits the data set.
     """
@@ -38,13 +39,18 @@ class Source:
 
     def epoch(self, number: int, options: TrainingOptions) -> Any:
         """The batches of an epoch."""
+        augment = augmentation_for(self.name or "") if self.augment is None else self.augment
+        if isinstance(self.data, TensorImages):
+            return self.data.batches(
+                options.batch_size, augment=augment, seed=options.seed, epoch=number, least=self.least_crop
+            )
         if not isinstance(self.data, ImageData):
             return self.data
         assert self.normalization is not None
         return self.data.batches(
             options.batch_size,
             self.normalization,
-            augment=augmentation_for(self.name or "") if self.augment is None else self.augment,
+            augment=augment,
             shuffle=True,
             seed=options.seed,
             epoch=number,
@@ -56,7 +62,10 @@ class Source:
     def steps(self, options: TrainingOptions) -> int:
         """Of an epoch, on each of the processes."""
         batches = self.epoch(0, options)
-        found = len(batches.part(0, 0, count())) if isinstance(self.data, ImageData) else sum(1 for _ in batches)
+        if isinstance(self.data, ImageData):
+            found = len(batches.part(0, 0, count()))
+        else:
+            found = len(batches) if isinstance(batches, TensorBatches) else sum(1 for _ in batches)
         if not found:
             raise InputError(f"there are fewer images than the {count()} processes; start fewer of them")
         return found
@@ -73,8 +82,9 @@ def fit(
     whitenings: Mapping[str, Whitening] | None = None,
     what: str = "training",
     folder: Path | None = None,
+    watch: Callable[[nn.Module, int, int], bool] | None = None,
 ) -> dict[str, float]:
-    """Train `model` in place; returns the mean loss terms of the last epoch."""
+    """Train `model` in place; returns the mean loss terms of the last epoch. `watch` as in `trainer.train`."""
     steps, validation, normalization = source.steps(options), source.validation, source.normalization
 
     def epoch_of(epoch: int) -> Iterable[tuple[Tensor, Tensor | None]]:
@@ -99,6 +109,7 @@ def fit(
         folder=folder,
         validate=validate,
         progress=lambda step, total, terms: run.progress(_described(what, step, steps, terms), step, total),
+        watch=watch,
     )
 
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dk2pnet.data import Batches
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
-from dk2pnet.layer import DKConv2d
+from dk2pnet.layer import set_fast_form
 from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, layout_of, outputs_of, use_form
 from dk2pnet.options import PRECISIONS, Options, TrainOptions
 from dk2pnet.processes import is_alone
@@ -34,6 +34,7 @@ from dk2pnet.training.whitened import whitened
 __all__ = [
     "BATCH_NORMS",
     "OPTIMIZERS",
+    "OUTPUT_LOSSES",
     "PRECISIONS",
     "TUNING",
     "NotFinite",
@@ -44,8 +45,8 @@ __all__ = [
 
 OPTIMIZERS = ("sgd", "adam")
 BATCH_NORMS = ("training", "frozen")
+OUTPUT_LOSSES = ("kl", "squared")
 _LOG_STEPS = 50  # between two lines of the log
-_SEPARATE = 24  # channels from which a CPU trains one kernel per channel faster as two convolutions
 _CLIP = 5.0  # largest norm of all gradients together
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class TrainingOptions:
     ``batch_norm``: ``training``, or ``frozen`` to keep the running statistics; ``method``: one of `losses.METHODS`,
     None for KP with a teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of
     those found; ``alpha``, ``tau``: weight and temperature of distillation against the labels' cross-entropy;
-    ``distill``: weight of the outputs' distillation beside the hints where images have no labels; ``beta``, ``kp_tau``:
+    ``distill``: weight of the outputs' distillation beside the hints where images have no labels; ``output_loss``:
+    a classifier's, ``kl`` of softened logits or ``squared`` error relative to the teacher's; ``beta``, ``kp_tau``:
     weight of each hint (None: the method's own) and its temperature; ``beta_end``: what is left of that weight at the
     end, to which it falls linearly; ``pre_regressor``: one at every hint, also where
     channels agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
@@ -86,6 +88,7 @@ class TrainingOptions:
     alpha: float = TrainOptions.alpha
     tau: float = TrainOptions.tau
     distill: float = 1.0
+    output_loss: str = "kl"
     beta: float | None = TrainOptions.beta
     kp_tau: float = TrainOptions.kp_tau
     beta_end: float = TrainOptions.beta_end
@@ -124,7 +127,8 @@ class TrainingOptions:
                 f"KP tau {self.kp_tau}, warm-up {self.warmup}; expected rates and temperatures above 0, alpha and beta "
                 "at the end between 0 and 1, weight decay, distill, beta and warm-up 0 or more"
             )
-        for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("batch_norm", BATCH_NORMS)):
+        choices = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "batch_norm": BATCH_NORMS}
+        for name, known in (choices | {"output_loss": OUTPUT_LOSSES}).items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.method is not None:
@@ -171,6 +175,7 @@ def train(
     folder: Path | None = None,
     validate: Callable[[], Mapping[str, float]] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    watch: Callable[[nn.Module, int, int], bool] | None = None,
 ) -> dict[str, float]:
     """Train `model` in place; returns the mean loss terms of the last epoch.
 
@@ -189,6 +194,8 @@ def train(
         not. None: nothing is written
     validate : called after every epoch, its figures go to the log
     progress : called after every step with (steps done, steps in all, mean loss terms of the epoch so far)
+    watch : called after every step with (the model, steps done, steps in all), in the form in which it is trained; it
+        may put other weights in, and ends the training where it answers False
 
     Raises
     ------
@@ -228,7 +235,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(use_form(model, "folded"))
-        _train_form(model, device, whitenings or {})
+        set_fast_form(model, device)
         teacher = teacher.to(device) if teacher is not None and method.teacher else None
         half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         with half:
@@ -334,6 +341,9 @@ def train(
                             "epoch_random": epoch_random,
                         },
                     )
+                if watch is not None and not watch(model, step, total):
+                    total = until = step
+                    break
             if step != until:
                 raise InputError(
                     f"the data gave {step - epoch * steps_per_epoch} batches in epoch {epoch + 1}; expected "
@@ -376,18 +386,6 @@ def _fast_layout(example: Tensor, models: Sequence[nn.Module]) -> Iterator[torch
     finally:
         for model in models:
             in_layout(model, torch.contiguous_format)
-
-
-def _train_form(model: nn.Module, device: torch.device, whitenings: Mapping[str, Whitening]) -> None:
-    """On a CPU, wide layers of one kernel per channel as depthwise and pointwise: there faster than a folded one.
-
-    Measured by the part ``forms`` of `benchmarks/steps.py`.
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, DKConv2d) or name in whitenings or device.type != "cpu":
-            continue
-        if module.branch_sizes == [module.in_channels] and module.in_channels >= _SEPARATE:
-            module.form = "branches"
 
 
 @contextmanager
@@ -544,7 +542,7 @@ def _loss(
         else:
             weights["kd"] = options.distill
         if weights["kd"] or _comparable(outputs, wanted):
-            terms["kd"] = _output_loss(outputs, wanted, options.tau)
+            terms["kd"] = _output_loss(outputs, wanted, options)
         else:
             unused = unused + outputs
     loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -572,15 +570,19 @@ def _comparable(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
     return [output.shape for output in compared] == [output.shape for output in wanted]
 
 
-def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Tensor:
-    """Softened logits for a classifier, else the squared error relative to the teacher's energy."""
+def _output_loss(outputs: list[Tensor], wanted: list[Tensor], options: TrainingOptions) -> Tensor:
+    """Softened logits for a classifier, else the squared error relative to the teacher's energy; of logits about
+    their mean, which no answer depends on."""
     if is_classifier(wanted):
         if not _comparable(outputs, wanted):
             raise InputError(
                 f"the teacher gives {wanted[0].shape[1]} class scores and the student tensors of shape "
                 f"{tuple(outputs[0].shape)}; give a teacher of the same classes, or use its hints alone (--alpha 0)"
             )
-        return distillation(outputs[0], wanted[0], tau)
+        if options.output_loss == "kl":
+            return distillation(outputs[0], wanted[0], options.tau)
+        mine, theirs = (each.float() - each.float().mean(1, keepdim=True) for each in (outputs[0], wanted[0]))
+        return (mine - theirs).square().sum() / theirs.square().sum().clamp_min(1e-12)
     if not _comparable(outputs, wanted):
         raise InputError(
             f"the network gives {len(outputs)} outputs while it trains and the teacher {len(wanted)}, or they differ "

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from dk2pnet.decompose.whiten import Whitening, whiten
 from dk2pnet.layer import DKConv2d
 
-__all__ = ["whitened", "whitening_of"]
+__all__ = ["plain_state", "whitened", "whitening_of"]
 
 
 def whitening_of(layer: DKConv2d, A: Tensor | None) -> Whitening:
@@ -45,6 +45,15 @@ def whitened(model: nn.Module, whitenings: Mapping[str, Whitening]) -> Iterator[
             for name in ("kernels", "combination"):
                 if parametrize.is_parametrized(layer, name):
                     parametrize.remove_parametrizations(layer, name)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's state as it will be outside the block of `whitened`."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".parametrizations." not in f".{name}"}
+    for path, module in model.named_modules():
+        for name in ("kernels", "combination") if isinstance(module, DKConv2d) else ():
+            state[f"{path}.{name}"] = getattr(module, name)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 class _Times(nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from dk2pnet.data import Normalization
 from dk2pnet.data.arrays import Feed
 from dk2pnet.data.samples import Batches, Samples
+from dk2pnet.data.tensors import TensorImages, images_of
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d, set_form
@@ -30,6 +31,7 @@ from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.sites import OnnxSite
 from dk2pnet.networks.torch.gather import gather_moments
 from dk2pnet.run.run import Run
+from dk2pnet.training.recipe import Recipe
 from dk2pnet.training.trainer import TUNING, TrainingOptions
 
 __all__ = ["AsTorch", "OnnxLearner", "rate_for"]
@@ -62,9 +64,13 @@ class OnnxLearner:
             TUNING, hints=tuple(self.graph.hints), batch_norm="frozen", precision="fp32"
         )
 
-    def data(self, samples: Samples) -> Batches:
-        """The samples that are gathered from, as they are."""
-        return Tensors(samples.gather)
+    def data(self, samples: Samples, memory: float) -> TensorImages | Batches:
+        """The samples that are gathered from: images, or as they are."""
+        return images_of(Tensors(samples.gather), memory)
+
+    def held_out(self, samples: Samples, step: int) -> Batches:
+        """In the batches that the graph takes, at least one of them."""
+        return Tensors([batch for number, batch in enumerate(samples.held_out) if number % step == 0])
 
     def student(self, student: Any) -> nn.Module:
         """The converted graph with the student's DK layers, its only parameters."""
@@ -81,9 +87,9 @@ class OnnxLearner:
             layers[name] = layer.cpu().requires_grad_(False).eval()
         return student.with_layers(layers)
 
-    def rate_for(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> float:
-        """By the relative error of the outputs."""
-        return rate_for(mean_error(teacher, start))
+    def recipes(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> list[Recipe]:
+        """At a rate by the relative error of the outputs."""
+        return [Recipe(rate_for(mean_error(teacher, start)), "frozen", True)]
 
     def moments(self, samples: Samples, memory: int, run: Run) -> Iterator[dict[str, Moments]]:
         """With gradients, of a classifier."""
@@ -103,7 +109,7 @@ class OnnxLearner:
         yield from gather_moments(
             model,
             convolutions,
-            self.data(samples),
+            Tensors(samples.gather),
             gradients=True,
             memory=memory,
             seed=run.seed,

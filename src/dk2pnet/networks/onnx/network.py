@@ -315,7 +315,7 @@ class OnnxNetwork:
             if (yield what, self.with_layers(layers)):
                 return
 
-    def after_tuning(self, student: OnnxNetwork, samples: Samples, run: Run) -> Corrections:
+    def after_tuning(self, student: OnnxNetwork, batches: Batches, run: Run) -> Corrections:
         """Nothing: batch norms are folded into a graph's weights."""
         yield from ()
 

@@ -1,8 +1,9 @@
-"""Small corrections after convolutions were replaced: batch-norm re-estimation, bias correction."""
+"""Small corrections after convolutions were replaced: batch norms that follow the teacher's, bias correction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation, layout_of
 
-__all__ = ["correct_biases", "has_batch_norm", "reestimate_batch_norm"]
+__all__ = ["correct_biases", "follow_batch_norm", "has_batch_norm", "reestimate_batch_norm", "statistics_are_folded"]
 
 _Batches = Iterable[tuple[Tensor, Tensor | None]]
 
@@ -19,6 +20,12 @@ _Batches = Iterable[tuple[Tensor, Tensor | None]]
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any batch normalisation keeps running statistics."""
     return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
+
+
+def statistics_are_folded(model: nn.Module) -> bool:
+    """Whether all running means are 0 and all variances 1: they lie in weights and biases, and are nobody's."""
+    norms = _running(model).values()
+    return all(not norm.running_mean.any() and bool((norm.running_var == 1).all()) for norm in norms)  # type: ignore
 
 
 def reestimate_batch_norm(model: nn.Module, batches: _Batches, device: torch.device | str = "cpu") -> None:
@@ -48,6 +55,95 @@ def reestimate_batch_norm(model: nn.Module, batches: _Batches, device: torch.dev
                 norm.momentum = momentum
                 if not norm.num_batches_tracked:  # the network did not come by: nothing is known that is better
                     norm.load_state_dict(buffers, strict=False)
+
+
+@torch.no_grad()
+def follow_batch_norm(
+    student: nn.Module, teacher: nn.Module, batches: _Batches, device: torch.device | str = "cpu"
+) -> None:
+    """Give the student's batch norms the means and variances with which each channel has, behind the norm, the mean and
+    the variance that the teacher has there on the same images.
+
+    With the teacher's m, v and running (mu, var), and the student's m', v' in front of a norm: var' = var v' / v and
+    mu' = m' - (m - mu) sqrt(v' / v). On images like those that the network was trained with m = mu and v = var, and it
+    is the usual re-estimation. On others the running statistics are not theirs, and need not be; those of a network
+    whose statistics were folded into its weights (0 and 1) stay what they are but for what the student changed.
+
+    Every norm sees its inputs with the norms before it already corrected, by the statistics of the batch; a norm whose
+    two networks differ in shape or in calls is left alone.
+    """
+    mine, theirs = (_running(model) for model in (student, teacher))
+    names = [name for name in mine if name in theirs and mine[name].num_features == theirs[name].num_features]
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    sums = {name: torch.zeros(5, mine[name].num_features, dtype=torch.float64) for name in names}
+
+    def look(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name].append(_spread(args[0]))
+
+        return hook
+
+    def correct(name: str) -> Callable:
+        def hook(module: _BatchNorm, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            if not seen[name]:
+                return None
+            x, (mean, variance) = args[0], seen[name].pop(0)
+            own, spread = _spread(x)
+            weight = x.numel() / x.shape[1]
+            parts = [torch.ones_like(own), own, spread + own.square(), mean, variance + mean.square()]
+            sums[name] += weight * torch.stack(parts).cpu()
+            gain = ((variance + module.eps) / (spread + module.eps)).sqrt()
+            shape = (-1, *[1] * (x.dim() - 2))
+            return ((x - own.view(shape).to(x)) * gain.view(shape).to(x) + mean.view(shape).to(x),)
+
+        return hook
+
+    with ExitStack() as stack:
+        for model in (student, teacher):
+            stack.enter_context(evaluation(model))
+        for name in names:
+            for key in ("running_mean", "running_var"):
+                getattr(mine[name], key).copy_(getattr(theirs[name], key))
+            stack.callback(theirs[name].register_forward_pre_hook(look(name)).remove)
+            stack.callback(mine[name].register_forward_pre_hook(correct(name)).remove)
+        layout = None
+        for x, _ in batches:
+            x = x.to(device)
+            if layout is None:
+                layout = layout_of(x[:2], student, teacher)
+                for found in seen.values():
+                    found.clear()
+                for total in sums.values():
+                    total.zero_()
+            x = x.to(memory_format=layout)
+            teacher(x)
+            student(x)
+            for found in seen.values():
+                found.clear()
+    for name in names:
+        norm, (weight, own, square, mean, other) = mine[name], sums[name]
+        if not float(weight[0]):
+            continue
+        own, square, mean, other = (each / weight for each in (own, square, mean, other))
+        gain = ((other - mean.square() + norm.eps) / (square - own.square() + norm.eps)).sqrt()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        of_teacher = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
+        norm.running_mean.copy_(own - (mean - of_teacher[0]) / gain)
+        norm.running_var.copy_((of_teacher[1] + norm.eps) / gain.square() - norm.eps)
+
+
+def _running(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Batch norms that keep statistics, by name."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    return {name: norm for name, norm in found.items() if norm.running_mean is not None}
+
+
+def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of ``x (B, C, ...)``, in float64 ``(C,)``."""
+    over = [0, *range(2, x.dim())]
+    variance, mean = torch.var_mean(x.float() if x.dtype.itemsize < 4 else x, over, correction=0)
+    return mean.double(), variance.double()
 
 
 def correct_biases(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dk2pnet import __version__, processes
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.data.arrays import Arrays, Feed
-from dk2pnet.data.samples import Batches, Batching, Part, Samples
+from dk2pnet.data.samples import Batches, Batching, Every, Part, Samples, spread
+from dk2pnet.data.tensors import TensorImages, images_of
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.deploy.emit import plain_model
@@ -24,29 +25,39 @@ from dk2pnet.deploy.export import check_onnx, export_onnx, onnx_bytes
 from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.errors import InputError, Refused, first_line
-from dk2pnet.layer import DKConv2d, set_form
+from dk2pnet.layer import DKConv2d, set_fast_form, set_form
 from dk2pnet.measure import Predictions, divergence, evaluation, macs, parameters, predict, squared_error
 from dk2pnet.modules import copy_model
 from dk2pnet.networks.network import Corrections, Settings, Site, Solution
 from dk2pnet.networks.saved import load_student, save_student
 from dk2pnet.networks.torch.convert import with_kernels
-from dk2pnet.networks.torch.corrections import correct_biases, has_batch_norm, reestimate_batch_norm
+from dk2pnet.networks.torch.corrections import (
+    correct_biases,
+    follow_batch_norm,
+    has_batch_norm,
+    reestimate_batch_norm,
+    statistics_are_folded,
+)
 from dk2pnet.networks.torch.gather import gather_moments
 from dk2pnet.networks.torch.reconstruct import reconstruct
 from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.plan import Plan
 from dk2pnet.run.run import Run
 from dk2pnet.training.checkpoint import digest_of
+from dk2pnet.training.recipe import Recipe
 from dk2pnet.training.trainer import TUNING, TrainingOptions
 
 __all__ = ["TorchNetwork"]
 
 # Where not all images fit into memory at once, the layer-by-layer reconstruction makes do with so many of them.
 _RECONSTRUCTION_IMAGES = 256
-# Tuning estimates batch norm itself: where it comes next, so many images give the figures of its start.
-_START_IMAGES = 512
+# Images that batch norms are compared on with the teacher's: more change nothing.
+_NORM_IMAGES = 512
 # A start whose outputs are off by more than this (relative squared error) has a longer way to go, in larger steps.
 _FAR, _FAR_RATE = 1 / 3, 3e-2
+# Rates with batch norm frozen, in the whitened and in the plain form, as shares of the usual one.
+_FROZEN_SHARE, _PLAIN_SHARE = 0.3, 0.1
+_SMALL = 64  # the largest side of small images
 
 
 @dataclass
@@ -195,7 +206,7 @@ class TorchNetwork:
         )
 
     def _student(self, model: nn.Module) -> TorchNetwork:
-        set_form(model, "folded")
+        set_fast_form(model, self.device)
         return replace(self, model=model)
 
     def with_kernels(self, counts: Mapping[str, Tensor], factors: Mapping[str, Factors] | None = None) -> TorchNetwork:
@@ -217,18 +228,19 @@ class TorchNetwork:
                 student = better
         with clock("correct"):
             if has_batch_norm(student.model):
-                gather = Part(samples.gather, 0, _START_IMAGES) if how.quick else samples.gather
-                yield "batch-norm re-estimation", student._renormalized(gather)
+                corrected = student._student(copy_model(student.model))
+                follow_batch_norm(corrected.model, self.model, spread(samples, _NORM_IMAGES), self.device)
+                yield "batch-norm re-estimation", corrected
             else:
                 corrected = student._student(copy_model(student.model))
                 order = [site.name for site in self.sites()]
                 correct_biases(corrected.model, self.model, order, samples.gather, self.device)
                 yield "bias correction", corrected
 
-    def after_tuning(self, student: TorchNetwork, samples: Samples, run: Run) -> Corrections:
-        """Batch norm once more."""
+    def after_tuning(self, student: TorchNetwork, batches: Batches, run: Run) -> Corrections:
+        """Batch norm, by its own statistics, which it has learnt with."""
         if has_batch_norm(student.model):
-            yield "batch-norm re-estimation after tuning", student._renormalized(samples.gather)
+            yield "batch-norm re-estimation after tuning", student._renormalized(batches)
 
     def _renormalized(self, batches: Batches) -> TorchNetwork:
         corrected = self._student(copy_model(self.model))
@@ -250,7 +262,8 @@ class TorchNetwork:
         images, batches = samples.counts["calibration"], samples.gather
         activation = max(site.activation for site in sites)
         if 4 * 3 * activation * images > memory / 2 and images > _RECONSTRUCTION_IMAGES:
-            images, batches = _RECONSTRUCTION_IMAGES, Part(samples.gather, 0, _RECONSTRUCTION_IMAGES)
+            batches = spread(samples, _RECONSTRUCTION_IMAGES)
+            images = sum(len(x) for x, _ in batches)
         found = reconstruct(
             self.model,
             dense,
@@ -324,9 +337,13 @@ class TorchLearner:
     names: Mapping[str, str]
     options: TrainingOptions = TUNING
 
-    def data(self, samples: Samples) -> ImageData | Batches:
-        """A data set is augmented, a user's own batches are taken as they are."""
-        return samples.tune
+    def data(self, samples: Samples, memory: float) -> ImageData | TensorImages | Batches:
+        """Images, which can be augmented."""
+        return images_of(samples.tune, memory)
+
+    def held_out(self, samples: Samples, step: int) -> Batches:
+        """As they are."""
+        return Every(samples.held_out, step, True)
 
     def student(self, student: TorchNetwork) -> nn.Module:
         """A copy."""
@@ -336,12 +353,18 @@ class TorchLearner:
         """The copy."""
         return student._student(module)
 
-    def rate_for(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> float:
-        """The higher one is for batch norm in training mode only: frozen it made things worse (docs/results.md)."""
+    def recipes(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> list[Recipe]:
+        """Batch norm in training mode suits small images like those that the network was trained with, frozen others.
+
+        A student that starts far from the teacher learns from larger steps (docs/results.md).
+        """
         usual = options.learning_rate
-        if options.batch_norm == "frozen":
-            return usual
-        return _FAR_RATE if squared_error(teacher, start) > _FAR else usual
+        frozen = [Recipe(usual * _FROZEN_SHARE, "frozen", True), Recipe(usual * _PLAIN_SHARE, "frozen", False)]
+        if options.batch_norm == "frozen" or not has_batch_norm(self.teacher) or statistics_are_folded(self.teacher):
+            return frozen
+        rate = _FAR_RATE if squared_error(teacher, start) > _FAR else usual
+        trained = [Recipe(rate, "training", True)]
+        return frozen + trained if max(self.example.shape[2:]) > _SMALL else trained + frozen
 
 
 def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path) -> float:
