@@ -24,7 +24,7 @@ from dk2pnet.students import closed_form, latency_budget
 from dk2pnet.students import tuning as tune
 from dk2pnet.students.latency_budget import Spent
 from dk2pnet.students.teacher import Teacher
-from dk2pnet.students.tuning_steps import AUTOMATIC_MACS, tuning_of
+from dk2pnet.students.tuning_steps import AUTOMATIC_MACS, AUTOMATIC_SECONDS, tuning_of
 from dk2pnet.training import fit, trainer
 from toys import OPTIONS, network, run, toy
 
@@ -78,8 +78,8 @@ def test_automatic_is_for_networks_up_to_resnet56_with_images_enough():
     assert macs(make_network("resnet56"), torch.zeros(1, 3, 32, 32)) == AUTOMATIC_MACS
     assert tuning_of(None, epochs=0, samples=counts(), macs=AUTOMATIC_MACS).steps == 150
     assert tuning_of("auto", epochs=0, samples=counts(80, 20), macs=1).steps == 150
+    assert tuning_of(None, epochs=0, samples=counts(), macs=AUTOMATIC_MACS + 1).seconds == AUTOMATIC_SECONDS
     for off, words in (
-        ({"macs": AUTOMATIC_MACS + 1}, "--tune 10m"),
         ({"samples": counts(79, 20)}, "99 calibration images"),
         ({"samples": None}, "no images"),
     ):
@@ -146,8 +146,8 @@ def spoiled(monkeypatch):
     """Every tuning makes the student worse."""
     spoil = tune.Tuner._train
 
-    def worse(self, student, solved, steps, folder, rate):
-        spoil(self, student, solved, 1, folder, rate)
+    def worse(self, student, solved, steps, *more, **named):
+        spoil(self, student, solved, 1, *more, **named)
         with torch.no_grad():
             student[-1].weight.mul_(-1)
 
@@ -229,7 +229,7 @@ def test_batches_too_small_for_statistics_freeze_batch_norm(monkeypatch):
     compress(net(), [x for x, _ in toy(16, 8)], "kernels=1", criterion="loss", tune=2)
     compress(net(), X, "kernels=1", criterion="weight", tune=2)
     assert [options.batch_norm for options in seen] == ["frozen", "training"]
-    assert seen[0].batch_size == 12
+    assert seen[0].batch_size == 12  # all that there are
 
 
 def test_dropout_is_off_while_tuning_and_back_afterwards(monkeypatch):
@@ -249,7 +249,7 @@ def test_dropout_is_off_while_tuning_and_back_afterwards(monkeypatch):
 
 def test_a_network_of_feature_maps_is_tuned_on_its_outputs_error():
     model = nn.Sequential(*net()[:6]).eval()
-    found = compress(model, X, "kernels=1", criterion="response", tune=40)
+    found = compress(model, X, "kernels=1", criterion="response", tune=40, augment="none")
     decision = decision_of(found)
     assert decision["measure"] == "relative squared error"
     assert decision["after"] < decision["before"]
@@ -275,7 +275,7 @@ def test_every_criterion_can_be_tuned(criterion, most, monkeypatch):
         return train(*args, progress=seen, **options)
 
     monkeypatch.setattr(fit, "train", watched)
-    decision = decision_of(compress(net(), X, "kernels=1", criterion=criterion, tune=40))
+    decision = decision_of(compress(net(), X, "kernels=1", criterion=criterion, tune=40, augment="none"))
     assert decision["after"] < most * decision["before"]
     assert decision["after"] != decision["before"]
     assert hints[-1] < hints[0]
@@ -296,7 +296,7 @@ def test_where_tuning_is_not_kept_the_reconstruction_is_tried():
         (0.3, 32, None, 0.01),
         (0.4, 32, None, 0.03),
         (float("inf"), 32, None, 0.03),
-        (0.4, 8, None, 0.01),  # batch norm is frozen
+        (0.4, 8, None, 0.03),  # which are put together
         (0.4, 32, replace(trainer.TUNING, learning_rate=0.002), 0.002),
     ],
 )
@@ -306,11 +306,8 @@ def test_the_rate_is_higher_where_the_start_is_far(error, batch, given, wanted):
     teacher = Teacher.open(net(), wide, CompressOptions(tune=5, calibration_images=160), work)
     tuner = tune.Tuner(teacher, work, given)
     off = Predictions([output * (1 + math.sqrt(error)) for output in teacher.held.outputs], None)
-    rates = []
-    tuner._train = lambda student, solved, steps, folder, rate: rates.append(rate)
-    student = SimpleNamespace(**{"model": net(), "predict": lambda *_: off, "_student": lambda module: teacher.network})
-    tuner.tune(SimpleNamespace(student=student, decisions=[]), 1)
-    assert rates == [wanted]
+    student = SimpleNamespace(predict=lambda *_: off)
+    assert tuner._recipes(SimpleNamespace(student=student))[0].rate == pytest.approx(wanted)
 
 
 # -- times, and going on -----------------------------------------------------------------------------------------------
@@ -326,7 +323,7 @@ def test_a_time_becomes_a_number_of_steps_that_the_recipe_tells(tmp_path, no_tim
 def test_a_time_is_divided_by_that_of_a_step_and_a_killed_run_keeps_its_number(tmp_path, no_timing, monkeypatch):
     now, pace, begun = [0.0], [0.25], []
 
-    def train(self, student, solved, steps, folder, rate):
+    def train(self, student, solved, steps, folder, *_, **__):
         begun.append(steps)
         for number in range(steps):
             now[0] += pace[0]
@@ -379,19 +376,19 @@ def test_a_loader_that_shuffles_is_warned_of(shuffle, caplog):
     assert ("other images in every pass" in caplog.text) == shuffle
 
 
-def test_batch_norm_is_frozen_where_the_users_batches_are_small(monkeypatch):
+def test_images_that_come_one_by_one_are_put_into_batches(monkeypatch):
     """One image of 1 x 1 has no statistics at all."""
     seen = []
     real = tune.fit
 
-    def watched(model, data, options, run, **more):
-        seen.append(options.batch_norm)
-        return real(model, data, options, run, **more)
+    def watched(model, source, options, run, **more):
+        seen.append((options.batch_norm, {len(x) for x, _ in source.epoch(0, options)}))
+        return real(model, source, options, run, **more)
 
     monkeypatch.setattr(tune, "fit", watched)
     for size in (1, 32):
         compress(net(), [part for x in X for part in x.split(size)], "kernels=1", criterion="weight", tune=2)
-    assert seen == ["frozen", trainer.TUNING.batch_norm]
+    assert seen[0] == seen[1] == (trainer.TUNING.batch_norm, {128})
 
 
 def test_a_killed_tuning_goes_on_with_the_same_bits(tmp_path, no_timing, monkeypatch):

@@ -83,6 +83,7 @@ class Prober:
             if not self.steps:
                 tuning = self.teacher.tuning
                 self.steps = tuning.steps or self.tuner.steps_in(tuning.seconds or 0.0, solved, self.folder)
+                self.steps = min(self.steps, tuning.most or self.steps)
             probe.tuned = self.tuner.tune(solved, self.steps, folder / "tuning" if folder is not None else None)
         if probe.tuned is None:  # then the best that can be had without
             probe.solved = self.closed.without_tuning(solved)

@@ -24,7 +24,7 @@ from dk2pnet.data import ImageData
 from dk2pnet.data.samples import Samples, spread
 from dk2pnet.data.tensors import TensorImages
 from dk2pnet.errors import Refused
-from dk2pnet.measure import Predictions, predict
+from dk2pnet.measure import Predictions, divergence, predict, squared_error
 from dk2pnet.networks.network import Network
 from dk2pnet.run.out_folder import write_json
 from dk2pnet.run.run import Run
@@ -191,7 +191,8 @@ class Tuner:
     def _distance(self, module: nn.Module) -> float:
         """From the teacher, on some of the held-out samples, of a module in training."""
         answers, batches = self._some
-        return self.teacher.network.divergence(answers, predict(module, batches, self.run.device))
+        measure = divergence if "KL" in self.teacher.network.measure else squared_error
+        return measure(answers, predict(module, batches, self.run.device))
 
     @cached_property
     def _some(self) -> tuple[Predictions, list[Any]]:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 
 from dk2pnet.data.samples import Samples
 from dk2pnet.errors import InputError
 
-__all__ = ["AUTOMATIC_MACS", "Tuning", "tuning_of"]
+__all__ = ["AUTOMATIC_MACS", "AUTOMATIC_SECONDS", "Tuning", "tuning_of"]
 
 AUTOMATIC_STEPS = 150
+# Larger ones are given so many seconds, and at most so many steps (on a GPU).
+AUTOMATIC_SECONDS, _MOST = 480.0, 1000
 # Of one image through CIFAR's ResNet-56: 150 steps of networks up to this size take minutes on two cores.
 AUTOMATIC_MACS = 125_485_696
 _FEWEST_IMAGES = 100  # below this nobody has measured what automatic tuning does
+_log = logging.getLogger(__name__)
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """So many steps, or what fits into so many seconds; 0 steps for none, for the reason `said`."""
+    """So many steps, or what fits into so many seconds (but `most` steps); 0 steps for none, for the reason `said`."""
 
     steps: int = 0
     seconds: float | None = None
     said: str = ""
+    most: int | None = None
 
     @property
     def wanted(self) -> bool:
@@ -33,7 +38,8 @@ class Tuning:
 
 
 def tuning_of(tune: str | int | None, *, epochs: int, samples: Samples | None, macs: int) -> Tuning:
-    """What ``--tune`` asks for; None (or ``auto``) is 150 steps where they are cheap and there are images enough.
+    """What ``--tune`` asks for; None (or ``auto``) is 150 steps where they are cheap, else some minutes, which the log
+    tells, where there are images enough.
 
     `macs`: of the teacher, for one image.
 
@@ -53,10 +59,11 @@ def tuning_of(tune: str | int | None, *, epochs: int, samples: Samples | None, m
                 said=f"no tuning: {count} calibration images are fewer than {_FEWEST_IMAGES}; give more, or --tune 150"
             )
         if macs > AUTOMATIC_MACS:
-            return Tuning(
-                said=f"no tuning: a step would take long in a network of {macs / 1e6:,.0f} M multiply-adds; "
-                "--tune 10m gives it ten minutes"
+            _log.info(
+                "tuning will take about %.0f minutes on a CPU; --tune 0 for none, --tune 20m for more",
+                AUTOMATIC_SECONDS / 60,
             )
+            return Tuning(seconds=AUTOMATIC_SECONDS, most=_MOST)
         return Tuning(AUTOMATIC_STEPS)
     wanted = _parse(tune)
     if wanted.wanted and (samples is None or samples.counts["calibration"] < 2):

@@ -1,0 +1,45 @@
+"""The search for a recipe on distances that are known."""
+
+import math
+
+import pytest
+
+from dk2pnet.training.recipe import Recipe, choose, trial_steps
+
+
+def searched(best, first=None):
+    """What is chosen where the distance is that of the rate's logarithm from `best`, and plain form costs 1."""
+    tried = []
+
+    def trial(recipe):
+        tried.append(recipe)
+        return abs(math.log(recipe.rate / best)) + (not recipe.whitened)
+
+    found, notes = choose(first or [Recipe(1e-2, "training", True), Recipe(1e-2, "frozen", False)], trial)
+    assert [note["rate"] for note in notes] == [recipe.rate for recipe in tried]
+    return found, tried
+
+
+@pytest.mark.parametrize(
+    ("best", "found", "trials"), [(1e-2, 1e-2, 4), (3e-2, 3e-2, 4), (1, 9e-2, 4), (3e-3, 1e-2 / 3, 5)]
+)
+def test_the_rate_is_raised_while_that_helps_and_lowered_if_it_did_not(best, found, trials):
+    recipe, tried = searched(best)
+    assert recipe.rate == pytest.approx(found)
+    assert recipe.whitened
+    assert len(tried) == trials
+
+
+def test_the_best_of_the_first_goes_on():
+    recipe, _ = searched(1e-2, [Recipe(1e-2, "frozen", False), Recipe(2e-2, "frozen", True)])
+    assert recipe.whitened
+
+
+def test_what_is_not_finite_is_never_chosen():
+    recipes = [Recipe(1.0, "training", True), Recipe(1e-3, "frozen", True)]
+    found, _ = choose(recipes, lambda recipe: math.inf if recipe.rate > 2e-3 else 1.0)
+    assert found == recipes[1]
+
+
+def test_short_runs_have_no_trials_and_long_ones_share_a_fixed_part():
+    assert [trial_steps(steps) for steps in (1, 99, 100, 320, 4000)] == [0, 0, 8, 8, 100]
