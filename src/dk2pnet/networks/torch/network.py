@@ -221,21 +221,30 @@ class TorchNetwork:
     ) -> Corrections:
         """The asymmetric reconstruction, then batch norm re-estimated, or biases where there is none."""
         clock = run.clock
+        with clock("correct"):
+            if has_batch_norm(student.model):
+                followed = student._followed(self, samples)
+                if (yield "batch-norm re-estimation", followed):
+                    student = followed
         if how.reconstruct:
             with clock("reconstruct"):
                 better = self._reconstructed(solution, samples, how.memory, run)
             if (yield "layer-by-layer reconstruction", better):
+                assert better is not None
                 student = better
         with clock("correct"):
-            if has_batch_norm(student.model):
-                corrected = student._student(copy_model(student.model))
-                follow_batch_norm(corrected.model, self.model, spread(samples, _NORM_IMAGES), self.device)
-                yield "batch-norm re-estimation", corrected
-            else:
+            if not has_batch_norm(student.model):
                 corrected = student._student(copy_model(student.model))
                 order = [site.name for site in self.sites()]
                 correct_biases(corrected.model, self.model, order, samples.gather, self.device)
                 yield "bias correction", corrected
+            elif how.reconstruct and better is not None:
+                yield "batch-norm re-estimation after reconstruction", better._followed(self, samples)
+
+    def _followed(self, teacher: TorchNetwork, samples: Samples) -> TorchNetwork:
+        corrected = self._student(copy_model(self.model))
+        follow_batch_norm(corrected.model, teacher.model, spread(samples, _NORM_IMAGES), self.device)
+        return corrected
 
     def after_tuning(self, student: TorchNetwork, batches: Batches, run: Run) -> Corrections:
         """Batch norm, by its own statistics, which it has learnt with."""
@@ -247,8 +256,8 @@ class TorchNetwork:
         reestimate_batch_norm(corrected.model, batches, self.device)
         return corrected
 
-    def _reconstructed(self, solution: Solution, samples: Samples, memory: int, run: Run) -> TorchNetwork:
-        """The student of the asymmetric reconstruction."""
+    def _reconstructed(self, solution: Solution, samples: Samples, memory: int, run: Run) -> TorchNetwork | None:
+        """The student of the asymmetric reconstruction; None where it gains nothing."""
         dense, sites = copy_model(self.model), self.sites()
         modules = dict(dense.named_modules())
         counts = solution.counts
@@ -276,6 +285,8 @@ class TorchNetwork:
             device=self.device,
             progress=run.says("layer-by-layer reconstruction", len(counts)),
         )
+        if not found:
+            return None
         student = self._student(with_kernels(self.model, counts, {**solution.factors, **found}))
         state = student.model.state_dict()  # biases and running means have moved too
         for name, value in dense.state_dict().items():

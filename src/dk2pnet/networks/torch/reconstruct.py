@@ -13,6 +13,7 @@ the ReLU leaves free chosen anew after every solution.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,14 @@ _LEAST_GAIN = 1e-2
 # Inputs whose squared mean is so many times their variance are summed in float64: in float32 their variance is lost.
 _FAR = 1e2
 _PIECE = 2**24  # numbers of patches that are multiplied at once
+# Ridges about the present weight, as shares of the inputs' energy; and every which image chooses among them.
+_PULLS, _HELD = (1e-3, 0.1), 5
+_AMPLE = 20  # samples for every unknown, from which on nothing has to be chosen
+_FIRST = 4  # layers: where none of them gains, none is solved
+
+
+class _Vain(Exception):
+    """Ends the reconstruction: the first layers gain nothing by it."""
 
 
 class _Stop(Exception):
@@ -55,7 +64,7 @@ def reconstruct(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Factors]:
-    """Solve the layers of `counts` one after the other; returns their factors.
+    """Solve the layers of `counts` one after the other; returns the factors of those that gained by it.
 
     Parameters
     ----------
@@ -83,6 +92,7 @@ def reconstruct(
     at_once = 4 * 3 * activation * images <= memory / 2
     modules = dict(student.named_modules())
     results: dict[str, Factors] = {}
+    done: list[bool] = []  # whether each of the layers so far was solved anew
 
     def solve(name: str, samples: _Samples, wanted: tuple[Tensor, Tensor | None], other: Tensor | None) -> None:
         conv = modules[name]
@@ -91,18 +101,23 @@ def reconstruct(
         norm = modules[near.norm] if near.norm is not None else None
         assert norm is None or isinstance(norm, _BatchNorm)
         layer = _Layer(conv, norm, near.rectified, samples, *wanted, other)
-        results[name], shift = layer.solve(counts[name], damping)
+        factors, shift = layer.solve(counts[name], damping, images)
+        done.append(factors is not None)
         with torch.no_grad():
-            conv.weight.copy_(DKConv2d.from_factors(conv, results[name]).fold())
+            if factors is not None:
+                results[name] = factors
+                conv.weight.copy_(DKConv2d.from_factors(conv, factors).fold())
             if norm is not None:
                 assert norm.running_mean is not None
                 norm.running_mean -= shift.to(norm.running_mean)
             elif conv.bias is not None:
                 conv.bias += shift.to(conv.bias)
         if progress is not None:
-            progress(len(results))
+            progress(len(done))
+        if len(done) == _FIRST and not any(done):
+            raise _Vain
 
-    with inference_of(teacher), inference_of(student), torch.no_grad():
+    with suppress(_Vain), inference_of(teacher), inference_of(student), torch.no_grad():
         first = next(iter(batches))[0][:2].to(device)
         graph = traced(teacher, first)
         around = surroundings_of(teacher, graph, names) if graph is not None else {}
@@ -174,12 +189,17 @@ class _Samples:
         """Add images ``first ...`` with inputs ``x (B, C, H, W)``."""
         self.parts.append(input_patches(conv, x, first, positions, seed))
 
-    def pieces(self) -> Iterable[Tensor]:
-        """All patches, ``(G, n, C q)`` a piece."""
+    def pieces(self, rows: Tensor | None = None) -> Iterable[Tensor]:
+        """All patches, or those of the `rows` (n,) chosen, ``(G, n, C q)`` a piece."""
+        done = 0
         for part in self.parts:
             size = max(1, _PIECE // part[0].numel())
             for start in range(0, len(part), size):
-                piece = part[start : start + size].transpose(0, 1)
+                piece = part[start : start + size]
+                done += len(piece)
+                if rows is not None:
+                    piece = piece[rows[done - len(piece) : done].to(piece.device)]
+                piece = piece.transpose(0, 1)
                 yield piece.double() if self.precise else piece.float() if piece.dtype.itemsize < 4 else piece
 
 
@@ -225,22 +245,32 @@ class _Layer:
         self.free = (self.gain * (y - centre) + bias + theirs < 0) & self.heard if self.rectified else None
         self.shifted = norm is not None or conv.bias is not None
 
-    def solve(self, counts: Tensor, damping: float) -> tuple[Factors, Tensor]:
-        """The factors, and what is to be added to the responses, ``(N,)``."""
-        A, mean = self._moments()
-        weights = torch.diag_embed(self.gain.square().view(self.conv.groups, -1))
-        goal, best = self.wanted, None
+    def solve(self, counts: Tensor, damping: float, images: int) -> tuple[Factors | None, Tensor]:
+        """The factors, and what is to be added to the responses, ``(N,)``; None where the weight that the layer has is
+        no worse on images put aside.
+
+        So many images have at most as many samples as a wide layer has unknowns. How much of the present weight is
+        kept (a ridge about it, in units of the inputs' energy) is chosen by every fifth image.
+        """
+        samples, unknowns = len(self.wanted), self.conv.weight[0].numel()
+        held = torch.arange(samples) // max(1, samples // images) % _HELD == 0
+        pull: float | None = 0.0
+        if samples < _AMPLE * unknowns and 0 < int(held.sum()) < samples:
+            pull = self._pull(counts, damping, held)
+        everything = torch.ones_like(held)
+        if pull is None:
+            A, mean = self._moments(everything)
+            centre = self._cross(self.wanted, mean, everything)[1]
+            return None, self._shift(self._now(), mean, centre)
+        A, mean = self._moments(everything)
+        best = None
+        goal = self.wanted
         for _ in range(_SOLUTIONS if self.free is not None else 1):
-            target, centre = self._cross(goal, mean)
-            problem = Problem(self.conv.weight, counts, A, weights, self.conv.groups, target=target)
-            factors = solve_many([problem], damping)[0]
+            factors, shift = self._solved(counts, damping, pull, A, mean, goal, everything)
             if self.free is None:
-                return factors, self._shift(factors, mean, centre)
-            shift = self._shift(factors, mean, centre)
-            responses = self._responses(factors) + shift
-            # On the ReLU's side of zero where the gain is positive.
-            above = (responses - self.silent) * self.gain > 0
-            goal = torch.where(self.free, torch.where(above, self.silent, responses), self.wanted)
+                return factors, shift
+            responses = self._responses(self._weight(factors)) + shift
+            goal = self._goal(responses, everything)
             error = float(((responses - goal) * self.gain).square().sum())
             if best is not None and error >= best[0] * (1 - _TOLERANCE):
                 break
@@ -248,20 +278,56 @@ class _Layer:
         assert best is not None
         return best[1], best[2]
 
-    def _moments(self) -> tuple[Tensor, Tensor]:
+    def _pull(self, counts: Tensor, damping: float, held: Tensor) -> float | None:
+        """The ridge that serves the images put aside best, None where none improves on the present weight."""
+        A, mean = self._moments(~held)
+        centre = self._cross(self.wanted, mean, ~held)[1]
+        best, least = None, self._error(self._now(), self._shift(self._now(), mean, centre), held)
+        for pull in _PULLS:
+            factors, shift = self._solved(counts, damping, pull, A, mean, self.wanted, ~held)
+            error = self._error(self._weight(factors), shift, held)
+            if error < least:
+                best, least = pull, error
+        return best
+
+    def _solved(
+        self, counts: Tensor, damping: float, pull: float, A: Tensor, mean: Tensor, goal: Tensor, rows: Tensor
+    ) -> tuple[Factors, Tensor]:
+        target, centre = self._cross(goal, mean, rows)
+        energy = A.diagonal(dim1=1, dim2=2)
+        weights = torch.diag_embed(self.gain.square().view(self.conv.groups, -1))
+        ridge, kept = pull * torch.diag_embed(energy), pull * self._now() * energy.unsqueeze(1)
+        problem = Problem(self.conv.weight, counts, A + ridge, weights, self.conv.groups, target=target + kept)
+        factors = solve_many([problem], damping)[0]
+        return factors, self._shift(self._weight(factors), mean, centre)
+
+    def _goal(self, responses: Tensor, rows: Tensor) -> Tensor:
+        """What the responses ought to be; where the ReLU is silent, what they are on its side of zero."""
+        if self.free is None:
+            return self.wanted[rows]
+        silent = self.silent[rows] if len(self.silent) > 1 else self.silent
+        # On the ReLU's side of zero where the gain is positive.
+        above = (responses - silent) * self.gain > 0
+        return torch.where(self.free[rows], torch.where(above, silent, responses), self.wanted[rows])
+
+    def _error(self, weight: Tensor, shift: Tensor, rows: Tensor) -> float:
+        responses = self._responses(weight, rows) + shift
+        return float(((responses - self._goal(responses, rows)) * self.gain).square().sum())
+
+    def _moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Second moments ``(G, C q, C q)`` of the patches, about their mean where the layer can be shifted, and it."""
-        found, mean = self._sums()
+        found, mean = self._sums(rows)
         spread = found.diagonal(dim1=1, dim2=2).mean()
         if not self.samples.precise and float(mean.square().max()) > _FAR * float(spread):
             self.samples.precise = True
-            return self._sums()
+            return self._sums(rows)
         return found, mean
 
-    def _sums(self) -> tuple[Tensor, Tensor]:
+    def _sums(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         groups, inputs = self.conv.groups, self.conv.weight[0].numel()
         square = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
         total, count = torch.zeros(groups, inputs, dtype=torch.float64), 0
-        for patches in self.samples.pieces():
+        for patches in self.samples.pieces(rows):
             square += (patches.transpose(1, 2) @ patches).to(square)
             total += patches.sum(1).to(total)
             count += patches.shape[1]
@@ -270,32 +336,35 @@ class _Layer:
             mean = torch.zeros_like(mean)
         return square / max(count, 1) - mean.unsqueeze(2) * mean.unsqueeze(1), mean
 
-    def _cross(self, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross(self, y: Tensor, mean: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """``E[y u']`` (G, N, C q), about the means where the layer can be shifted, and the mean of y ``(G, N)``."""
-        groups = self.conv.groups
+        groups, y = self.conv.groups, y[chosen]
         rows = y.view(len(y), groups, -1).permute(1, 2, 0)  # (G, N, n)
         cross, done = torch.zeros(groups, rows.shape[1], mean.shape[1], dtype=torch.float64), 0
-        for patches in self.samples.pieces():
+        for patches in self.samples.pieces(chosen):
             part = rows[:, :, done : done + patches.shape[1]].to(patches)
             cross += (part @ patches).to(cross)
             done += patches.shape[1]
         centre = rows.mean(2)
         return cross / max(done, 1) - centre.unsqueeze(2) * mean.unsqueeze(1), centre
 
+    def _now(self) -> Tensor:
+        """The weight that the layer has, ``(G, N, C q)``."""
+        return self.conv.weight.detach().double().cpu().reshape(self.conv.groups, -1, self.conv.weight[0].numel())
+
     def _weight(self, factors: Factors) -> Tensor:
         """``(G, N, C q)``."""
         folded = DKConv2d.from_factors(self.conv, factors).fold().detach().double().cpu()
         return folded.reshape(self.conv.groups, -1, self.conv.weight[0].numel())
 
-    def _shift(self, factors: Factors, mean: Tensor, centre: Tensor) -> Tensor:
+    def _shift(self, weight: Tensor, mean: Tensor, centre: Tensor) -> Tensor:
         if not self.shifted:
             return torch.zeros(centre.numel(), dtype=torch.float64)
-        return (centre - (self._weight(factors) @ mean.unsqueeze(2)).squeeze(2)).flatten()
+        return (centre - (weight @ mean.unsqueeze(2)).squeeze(2)).flatten()
 
-    def _responses(self, factors: Factors) -> Tensor:
+    def _responses(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """``(n, N)``."""
-        weight = self._weight(factors)
-        parts = [patches @ weight.transpose(1, 2).to(patches) for patches in self.samples.pieces()]
+        parts = [patches @ weight.transpose(1, 2).to(patches) for patches in self.samples.pieces(rows)]
         return torch.cat(parts, 1).transpose(0, 1).flatten(1).double().cpu()
 
 
