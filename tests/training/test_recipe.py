@@ -42,4 +42,4 @@ def test_what_is_not_finite_is_never_chosen():
 
 
 def test_short_runs_have_no_trials_and_long_ones_share_a_fixed_part():
-    assert [trial_steps(steps) for steps in (1, 99, 100, 320, 4000)] == [0, 0, 8, 8, 100]
+    assert [trial_steps(steps) for steps in (1, 199, 200, 640, 4000)] == [0, 0, 16, 16, 100]

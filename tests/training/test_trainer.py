@@ -573,7 +573,7 @@ def test_steps_end_inside_an_epoch_and_count_its_means(trained):
 
 
 def test_the_warm_up_has_the_steps_that_were_asked_for():
-    rates = [trainer._rate(step, trainer._Stage(0, 40), 4) for step in range(40)]
+    rates = [trainer._rate(step, trainer._Stage(0, 40), 4, 10) for step in range(40)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[-1] < 0.01
     assert rates[5:] == sorted(rates[5:], reverse=True)

@@ -7,7 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -42,7 +42,7 @@ __all__ = ["Tuner"]
 _FEWEST_FOR_BATCH_NORM = 16  # images in a batch, for statistics of their own
 _CROP = 0.5  # the least share of a large image
 _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
-_TRIALS = 6  # about so many, with the looks at the held-out samples
+_TRIALS = 5  # about so many, with the looks at the held-out samples
 _TRIAL_IMAGES = 256  # that batch norm is estimated on after a trial
 _WATCHED, _WATCHED_SMALL = 128, 1000  # held-out images that trials and looks use, large ones and small ones
 # When a run is looked at, as shares of its steps, and from how many steps on.
@@ -98,8 +98,10 @@ class Tuner:
         What was decided is added to ``solved.decisions``. `folder` is for checkpoints and the log.
         """
         try:
-            recipe = self._recipe(solved, steps, folder)
+            recipe, begun = self._recipe(solved, steps, folder)
             module = self.learner.student(solved.student)
+            if begun is not None:
+                module.load_state_dict(begun)
             watch = _Watch(self._distance, module, steps, folder)
             self._train(module, solved, steps, folder, recipe, watch)
         except NotFinite as error:
@@ -156,16 +158,22 @@ class Tuner:
         found = self.learner.recipes(self.held, start, self.options)
         return [replace(recipe, whitened=recipe.whitened and self.whitened) for recipe in found]
 
-    def _recipe(self, solved: Solved, steps: int, folder: Path | None) -> Recipe:
-        """The one that leads closest to the teacher in a few steps; `folder` keeps it for a run that goes on."""
-        path = folder / "recipe.json" if folder is not None else None
-        if path is not None and path.exists():
-            return Recipe(**json.loads(path.read_text(encoding="utf-8"))["chosen"])
+    def _recipe(self, solved: Solved, steps: int, folder: Path | None) -> tuple[Recipe, Mapping[str, Tensor] | None]:
+        """The one that leads closest to the teacher in a few steps, and the weights there, if those are closer than the
+        start's; `folder` keeps both for a run that goes on."""
+        path, weights = (None, None) if folder is None else (folder / "recipe.json", folder / "begun.safetensors")
+        if path is not None and weights is not None and path.exists():
+            recipe = Recipe(**json.loads(path.read_text(encoding="utf-8"))["chosen"])
+            return recipe, load_file(str(weights)) if weights.exists() else None
         recipes, length = self._recipes(solved), trial_steps(steps)
         if not self.chooses or not length:
-            return recipes[0]
+            return recipes[0], None
+        reached = [self._distance(self.learner.student(solved.student))]
+        processes.broadcast(reached)
+        begun: Mapping[str, Tensor] | None = None
 
         def trial(recipe: Recipe) -> float:
+            nonlocal begun
             module = self.learner.student(solved.student)
             try:
                 self._train(module, solved, length, None, recipe, what=f"trying {recipe}")
@@ -179,14 +187,19 @@ class Tuner:
                     module = self.learner.student(better)
             found = [self._distance(module)]
             processes.broadcast(found)
+            if found[0] < reached[0]:
+                reached[0], begun = found[0], plain_state(module)
             return found[0]
 
         chosen, tried = choose(recipes, trial)
         _log.info("tuning: %s, the best of %d trials of %d steps", chosen, len(tried), length)
         if path is not None and processes.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
+            if begun is not None:
+                assert weights is not None
+                save_file({name: tensor.contiguous() for name, tensor in begun.items()}, str(weights))
             write_json(path, {"chosen": asdict(chosen), "steps": length, "tried": tried})
-        return chosen
+        return chosen, begun
 
     def _distance(self, module: nn.Module) -> float:
         """From the teacher, on some of the held-out samples, of a module in training."""

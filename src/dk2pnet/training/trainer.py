@@ -63,8 +63,8 @@ class TrainingOptions:
     """How to train. Defaults suit training from scratch; `compress` lowers the learning rate.
 
     ``steps``: so many in place of the epochs; ``batch_size``: images per step, all processes together; ``optimizer``:
-    ``sgd`` (Nesterov) or ``adam`` (without decay); ``warmup``: steps, None for one epoch (at most a tenth of the run);
-    ``batch_norm``: ``training``, or ``frozen`` to keep the running statistics; ``method``: one of `losses.METHODS`,
+    ``sgd`` (Nesterov) or ``adam`` (without decay); ``warmup``: steps (at most a third
+    of the run), None for one epoch (at most a tenth); ``batch_norm``: ``training``, or ``frozen`` to keep the running statistics; ``method``: one of `losses.METHODS`,
     None for KP with a teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of
     those found; ``alpha``, ``tau``: weight and temperature of distillation against the labels' cross-entropy;
     ``distill``: weight of the outputs' distillation beside the hints where images have no labels; ``output_loss``:
@@ -218,7 +218,7 @@ def train(
     precision = choose_precision(device) if options.precision == "auto" else options.precision
     total = options.epochs * steps_per_epoch if options.steps is None else options.steps
     stages = _stages(method, total, steps_per_epoch)
-    warmup = steps_per_epoch if options.warmup is None else options.warmup
+    warmup = (steps_per_epoch, 10) if options.warmup is None else (options.warmup, 3)
     model.to(device)
     example = example.to(device)
     checkpoints = None
@@ -310,7 +310,7 @@ def train(
                 norm = accelerator.clip_grad_norm_(student.parameters(), _CLIP)
                 if not math.isfinite(norm):
                     _stop("gradient", step + 1, total, values, checkpoints, options)
-                rate = options.learning_rate * _rate(step, stage, warmup)
+                rate = options.learning_rate * _rate(step, stage, *warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
@@ -460,10 +460,10 @@ def _stages(method: Method, total: int, steps_per_epoch: int) -> list[_Stage]:
     return [_Stage(0, first, hints_only=True), _Stage(first, total)]
 
 
-def _rate(step: int, stage: _Stage, warmup: int) -> float:
-    """Linear warm-up over so many steps (at most a tenth of the stage), then a cosine to 0."""
+def _rate(step: int, stage: _Stage, warmup: int, part: int) -> float:
+    """Linear warm-up over so many steps (but one `part` of the stage), then a cosine to 0."""
     step, total = step - stage.start, stage.stop - stage.start
-    warmup = max(1, min(warmup, total // 10))
+    warmup = max(1, min(warmup, total // part))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -9,8 +9,17 @@ from torch import nn
 from dk2pnet.decompose.solve import Problem, solve_many
 from dk2pnet.layer import DKConv2d
 from dk2pnet.modules import copy_model
+from dk2pnet.networks.torch import reconstruct as module_of_it
 from dk2pnet.networks.torch.reconstruct import reconstruct
 from dk2pnet.networks.torch.sites import find_convolutions
+
+
+@pytest.fixture(autouse=True)
+def _ample(request, monkeypatch):
+    """So few images of noise would choose to solve nothing."""
+    if "chooses" not in request.keywords:
+        monkeypatch.setattr(module_of_it, "_AMPLE", 0)
+
 
 LITTLE = 1000  # bytes: all images at once never fit
 
@@ -387,3 +396,49 @@ def test_inputs_far_from_zero_are_solved_as_well_as_those_about_it():
         errors.append(output_error(teacher, student, batches))
     assert errors[0] > 0
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+# -- few samples -------------------------------------------------------------------------------------------------------
+
+
+def far(teacher, student, batches):
+    """The error over the teacher's energy."""
+    with torch.no_grad():
+        energy = sum(float(teacher(x).square().sum()) for x, _ in batches)
+    return output_error(teacher, student, batches) / energy
+
+
+@pytest.mark.chooses
+@pytest.mark.parametrize("memory", [2**31, LITTLE])
+def test_with_fewer_samples_than_unknowns_new_images_are_answered_no_worse(memory):
+    """72 unknowns an output and 12 images of noise with four positions each: solved freely it fits noise."""
+    teacher, few, new = network(), images(12), images(96, seed=5)
+    plain, _, _ = prepare(teacher, 2)
+    _, student, _ = run(teacher, 2, few, positions=4, memory=memory)
+    assert far(teacher, student, new) < 1.05 * far(teacher, plain, new)
+
+
+@pytest.mark.chooses
+def test_solved_freely_these_fit_noise(monkeypatch):
+    monkeypatch.setattr(module_of_it, "_AMPLE", 0)
+    teacher, few, new = network(), images(12), images(96, seed=5)
+    plain, _, _ = prepare(teacher, 2)
+    _, student, _ = run(teacher, 2, few, positions=4)
+    assert far(teacher, student, new) > 1.05 * far(teacher, plain, new)
+
+
+@pytest.mark.chooses
+def test_with_samples_enough_nothing_is_chosen_and_all_layers_are_solved(monkeypatch):
+    monkeypatch.setattr(module_of_it._Layer, "_pull", lambda *_: pytest.fail("asked"))
+    found, _, _ = run(network(width=4), 2, images(96))
+    assert list(found) == ["2", "4", "6"]
+
+
+@pytest.mark.chooses
+def test_where_the_first_layers_gain_nothing_it_stops(monkeypatch):
+    monkeypatch.setattr(module_of_it, "_FIRST", 2)
+    asked = []
+    monkeypatch.setattr(module_of_it._Layer, "_pull", lambda self, *_: asked.append(1))
+    found, _, _ = run(network(), 2, images(12), positions=4)
+    assert found == {}
+    assert len(asked) == 2

@@ -55,8 +55,7 @@ _RECONSTRUCTION_IMAGES = 256
 _NORM_IMAGES = 512
 # A start whose outputs are off by more than this (relative squared error) has a longer way to go, in larger steps.
 _FAR, _FAR_RATE = 1 / 3, 3e-2
-# Rates with batch norm frozen, in the whitened and in the plain form, as shares of the usual one.
-_FROZEN_SHARE, _PLAIN_SHARE = 0.3, 0.1
+_FROZEN_SHARE = 0.3  # the rate with batch norm frozen, as a share of the usual one
 _SMALL = 64  # the largest side of small images
 
 
@@ -370,7 +369,7 @@ class TorchLearner:
         A student that starts far from the teacher learns from larger steps (docs/results.md).
         """
         usual = options.learning_rate
-        frozen = [Recipe(usual * _FROZEN_SHARE, "frozen", True), Recipe(usual * _PLAIN_SHARE, "frozen", False)]
+        frozen = [Recipe(usual * _FROZEN_SHARE, "frozen", True)]
         if options.batch_norm == "frozen" or not has_batch_norm(self.teacher) or statistics_are_folded(self.teacher):
             return frozen
         rate = _FAR_RATE if squared_error(teacher, start) > _FAR else usual
