@@ -63,15 +63,15 @@ class TrainingOptions:
     """How to train. Defaults suit training from scratch; `compress` lowers the learning rate.
 
     ``steps``: so many in place of the epochs; ``batch_size``: images per step, all processes together; ``optimizer``:
-    ``sgd`` (Nesterov) or ``adam`` (without decay); ``warmup``: steps (at most a third
-    of the run), None for one epoch (at most a tenth); ``batch_norm``: ``training``, or ``frozen`` to keep the running statistics; ``method``: one of `losses.METHODS`,
-    None for KP with a teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of
-    those found; ``alpha``, ``tau``: weight and temperature of distillation against the labels' cross-entropy;
-    ``distill``: weight of the outputs' distillation beside the hints where images have no labels; ``output_loss``:
-    a classifier's, ``kl`` of softened logits or ``squared`` error relative to the teacher's; ``beta``, ``kp_tau``:
-    weight of each hint (None: the method's own) and its temperature; ``beta_end``: what is left of that weight at the
-    end, to which it falls linearly; ``pre_regressor``: one at every hint, also where
-    channels agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
+    ``sgd`` (Nesterov) or ``adam`` (without decay); ``warmup``: steps (at most a third of the run), None for one epoch
+    (at most a tenth); ``batch_norm``: ``training``, or ``frozen`` to keep the running statistics; ``method``: one of
+    `losses.METHODS`, None for KP with a teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER``
+    each, in place of those found; ``alpha``, ``tau``: weight and temperature of distillation against the labels'
+    cross-entropy; ``distill``: weight of the outputs' distillation beside the hints where images have no labels;
+    ``output_loss``: a classifier's, ``kl`` of softened logits or ``squared`` error relative to the teacher's; ``beta``,
+    ``kp_tau``: weight of each hint (None: the method's own) and its temperature; ``beta_end``: what is left of that
+    weight at the end, to which it falls linearly; ``pre_regressor``: one at every hint, also where channels agree;
+    ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
     `torch.compile`; ``checkpoint_every``: seconds.
     """
 
