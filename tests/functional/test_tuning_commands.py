@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from command_line import FILES, error_of, figures, here, noise, snapshot, teach, works
+from PIL import Image
 from safetensors.torch import load_file
 from test_training_commands import kill_when, start
 
@@ -159,3 +160,33 @@ def test_folders_of_somebody_elses_images_are_no_classes_of_the_network(place):
     works(
         here, "compress", *named, "--calibration-data", "./greys", "--budget", "macs=0.5", "--out", "named", cwd=place
     )
+
+
+def test_images_to_test_with_are_enough_where_others_calibrate(place):
+    """As ImageNet's validation images: no training split, and labels that only report."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number in range(60):
+        folder = place / "marked/val" / str(digits.target[number])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[number] * 15.9).astype("uint8")).save(folder / f"{number}.png")
+    noise(place / "unmarked", 130, (8, 8))
+    options = [
+        "--model",
+        "teacher",
+        "--data",
+        "./marked",
+        "--calibration-data",
+        "./unmarked",
+        "--budget",
+        "macs=0.5",
+        "--tune",
+        3,
+    ]
+    works(here, "compress", *options, "--out", "validated", cwd=place)
+    found = figures(place / "validated")
+    assert found["run"]["images"] == {"calibration": 93, "held out": 24, "test": 60}
+    assert found["teacher"]["accuracy"] > 50
+    message = error_of(here("compress", *options, "--epochs", 1, "--out", "no", cwd=place))
+    assert "training split" in message

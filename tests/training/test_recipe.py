@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dk2pnet.training.recipe import Recipe, choose, trial_steps
+from dk2pnet.training.recipe import Recipe, choose, steps_beside_trials, trial_steps
 
 
 def searched(best, first=None):
@@ -42,4 +42,8 @@ def test_what_is_not_finite_is_never_chosen():
 
 
 def test_short_runs_have_no_trials_and_long_ones_share_a_fixed_part():
-    assert [trial_steps(steps) for steps in (1, 199, 200, 640, 4000)] == [0, 0, 16, 16, 100]
+    assert [trial_steps(steps) for steps in (1, 150, 151, 640, 4000)] == [0, 0, 16, 16, 100]
+
+
+def test_the_steps_of_a_time_are_shared_with_the_trials():
+    assert [steps_beside_trials(steps) for steps in (40, 150, 200, 231, 4000)] == [40, 150, 150, 151, 3500]

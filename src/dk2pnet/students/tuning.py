@@ -33,7 +33,7 @@ from dk2pnet.students.decisions import Judge
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.hints import find_pairs
-from dk2pnet.training.recipe import Recipe, choose, trial_steps
+from dk2pnet.training.recipe import Recipe, choose, steps_beside_trials, trial_steps
 from dk2pnet.training.trainer import NotFinite, TrainingOptions
 from dk2pnet.training.whitened import plain_state
 
@@ -42,7 +42,6 @@ __all__ = ["Tuner"]
 _FEWEST_FOR_BATCH_NORM = 16  # images in a batch, for statistics of their own
 _CROP = 0.5  # the least share of a large image
 _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
-_TRIALS = 5  # about so many, with the looks at the held-out samples
 _TRIAL_IMAGES = 256  # that batch norm is estimated on after a trial
 _WATCHED, _WATCHED_SMALL = 128, 1000  # held-out images that trials and looks use, large ones and small ones
 # When a run is looked at, as shares of its steps, and from how many steps on.
@@ -143,7 +142,7 @@ class Tuner:
                 f"tuning was asked for {seconds:g} s, and one step takes {each:.1f} s; give more time, or --tune 0"
             )
         if self.chooses:
-            steps = max(steps - _TRIALS * trial_steps(steps), 1)
+            steps = steps_beside_trials(steps)
         if path is not None and processes.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"steps": steps})

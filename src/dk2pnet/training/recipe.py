@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-__all__ = ["Recipe", "choose", "trial_steps"]
+__all__ = ["Recipe", "choose", "steps_beside_trials", "trial_steps"]
 
 _FACTOR = 3.0  # between two rates that are tried
 _MOVES = 2  # further rates in one direction, at most
 # A trial takes one step of so many of the run, and so many at least: the first steps of Adam only do harm, and in eight
 # of them the lowest rate always wins.
 _SHARE, _FEWEST = 40, 16
-_WORTH = 200  # in shorter runs trials would take as long as they
+_TRIALS = 5  # about so many, with the looks at the held-out samples
+_WORTH = 151  # steps; in shorter runs trials would take as long as they
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Recipe:
 def trial_steps(steps: int) -> int:
     """How long a trial is for a run of so many steps; 0 where there are none."""
     return max(_FEWEST, steps // _SHARE) if steps >= _WORTH else 0
+
+
+def steps_beside_trials(steps: int) -> int:
+    """Of so many steps, those that are left where some are spent on trials."""
+    left = steps - _TRIALS * trial_steps(steps)
+    return left if trial_steps(left) else min(steps, _WORTH - 1)
 
 
 def choose(first: Sequence[Recipe], trial: Callable[[Recipe], float]) -> tuple[Recipe, list[dict[str, Any]]]:
