@@ -29,7 +29,7 @@ __all__ = ["FORMS", "DKConv2d", "arguments_of", "set_fast_form", "set_form"]
 
 # Multiply-adds of a dense product in whose time a CPU does one of a depthwise convolution.
 _DEPTHWISE = 112
-FORMS = ("folded", "branches", "concat")
+FORMS = ("folded", "branches", "concat", "gathered")
 
 
 class _Branch(NamedTuple):
@@ -57,7 +57,8 @@ class DKConv2d(nn.Module):
         Kernels per input channel: one number for all, or C numbers (0 allowed). Every group must have the same sum.
     form
         Which exact form `forward` computes: ``branches`` (sum over branches of depthwise + pointwise), ``concat``
-        (depthwise branches concatenated, one pointwise) or ``folded`` (one dense convolution; the form to train in).
+        (depthwise branches concatenated, one pointwise), ``gathered`` (the same by one gather of channels and one
+        depthwise convolution; not for export) or ``folded`` (one dense convolution).
         All forms give the same outputs and the same gradients.
 
     Attributes
@@ -269,6 +270,11 @@ class DKConv2d(nn.Module):
             y = F.conv2d(x, self.fold(), self.bias, self.stride, padding, self.dilation, self.groups)
         elif self._form == "branches" and self._even:
             y = self._sum_of_branches(x, padding)
+        elif self._form == "gathered":
+            order = self._group_order
+            x, kernels = _gathered(x, self.source[order]), self.kernels[order]
+            x = F.conv2d(x, kernels, None, self.stride, padding, self.dilation, len(kernels))
+            y = self._combine(x, self.combination, self.bias)
         else:
             y = self._concatenated(x, padding)
         return y.squeeze(0) if unbatched else y
@@ -427,4 +433,32 @@ def set_fast_form(model: nn.Module, device: torch.device) -> None:
         module.form = "folded"
         if device.type == "cpu" and kernels * (outputs + _DEPTHWISE) < dense:
             full = all(size == module.in_channels for size in module.branch_sizes)
-            module.form = "branches" if full else "concat"
+            module.form = "branches" if full else "gathered"
+
+
+def _gathered(x: Tensor, channels: Tensor) -> Tensor:
+    """Channels of ``x (B, C, H, W)`` in the memory format that x has: `index_select` leaves channels last."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    found: Tensor = _GatherLast.apply(x, channels) if last else x.index_select(1, channels)
+    return found
+
+
+class _GatherLast(torch.autograd.Function):
+    """`index_select` of channels where they lie last; the gradient is added up as rows too."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, channels: Tensor) -> Tensor:
+        context.save_for_backward(channels)
+        context.channels = x.shape[1]
+        batch, count, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(-1, count)
+        found = torch.gather(rows, 1, channels.expand(len(rows), -1))
+        return found.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (channels,) = context.saved_tensors
+        batch, count, height, width = gradients[0].shape
+        rows = gradients[0].permute(0, 2, 3, 1).reshape(-1, count)
+        found = rows.new_zeros(len(rows), context.channels).index_add_(1, channels, rows)
+        return found.view(batch, height, width, -1).permute(0, 3, 1, 2), None
