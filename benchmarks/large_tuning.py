@@ -45,7 +45,7 @@ def measure(model: str, steps: int, batch: int) -> dict:
     times: list[float] = []
     run = Run(lambda *_: times.append(time.perf_counter()))
     tuner = Tuner(ready, run, replace(TUNING, batch_size=batch))
-    tuner._train(solved.student.model, solved, steps, None, tuner.options.learning_rate)  # type: ignore[attr-defined]
+    tuner._train(solved.student.model, solved, steps, None, tuner._recipes(solved)[0])  # type: ignore[attr-defined]
     seconds = statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
     return {
         "batch": batch,

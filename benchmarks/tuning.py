@@ -178,9 +178,9 @@ class Bench:
             times: list[float] = []
             run = Run(lambda *_: times.append(time.perf_counter()), seed=row["seed"], device=self.device)
             tuner = Tuner(teacher, run, options, row["whitened"])
-            start = student.predict(samples.held_out, run)
-            found["rate"] = tuner.learner.rate_for(held, start, tuner.options) if options is None else row["lr"]
-            tuned = tuner.tune(replace(solved, decisions=[]), row["steps"])
+            decided: list[dict[str, Any]] = []
+            tuned = tuner.tune(replace(solved, decisions=decided), row["steps"])
+            found["rate"] = decided[-1].get("recipe", {}).get("rate")
             found["kept"] = tuned is not None  # else the student stays as it was, as in `compress`
             student = tuned or student
             # By the median, as the process may have been stopped for a while.

@@ -115,7 +115,7 @@ class Tuner:
             corrections = self.teacher.network.after_tuning(tuned, self.samples.gather, self.run)
             tuned = self.judge.apply(corrections, tuned, solved.decisions)
         kept = self.judge.closer("tuning", solved.student, tuned, solved.decisions)
-        solved.decisions[-1]["recipe"] = str(recipe)
+        solved.decisions[-1]["recipe"] = asdict(recipe)
         return tuned if kept is tuned else None
 
     def steps_in(self, seconds: float, solved: Solved, folder: Path | None = None) -> int:

@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from dk2pnet.data import Normalization
 from dk2pnet.data.arrays import Feed
 from dk2pnet.data.samples import Batches, Samples
-from dk2pnet.data.tensors import TensorImages, images_of
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d, set_form
@@ -64,9 +63,9 @@ class OnnxLearner:
             TUNING, hints=tuple(self.graph.hints), batch_norm="frozen", precision="fp32"
         )
 
-    def data(self, samples: Samples, memory: float) -> TensorImages | Batches:
-        """The samples that are gathered from: images, or as they are."""
-        return images_of(Tensors(samples.gather), memory)
+    def data(self, samples: Samples, memory: float) -> Batches:
+        """The samples that are gathered from, as they are: an array may be anything."""
+        return Tensors(samples.gather)
 
     def held_out(self, samples: Samples, step: int) -> Batches:
         """In the batches that the graph takes, at least one of them."""
