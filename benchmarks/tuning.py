@@ -162,7 +162,7 @@ class Bench:
             student = replace(student, model=copy_model(student.model))
             fskd(student.model, dense.model, samples.gather, self.device)
             judge = Judge(dense, held, samples.held_out, self.run_there)
-            student = judge.apply(dense.after_tuning(student, samples, self.run_there), student, [])
+            student = judge.apply(dense.after_tuning(student, samples.gather, self.run_there), student, [])
             found["seconds"] = time.perf_counter() - began
         elif row["steps"]:
             options = None
