@@ -265,7 +265,7 @@ def test_moments_do_not_hang_on_how_many_layers_fit_into_memory(teacher):
 def test_no_correction_that_is_kept_takes_the_student_further_away(teacher):
     student, counts, factors = every(teacher, 1)
     judge, decisions = Judge(teacher.network, teacher.held, teacher.samples.held_out, RUN), []
-    how = Settings(True, False, 2**30)
+    how = Settings(True, 2**30)
     steps = teacher.network.corrections(student, Solution(counts, factors), teacher.samples, how, RUN)
     better = judge.apply(steps, student, decisions)
     assert decisions

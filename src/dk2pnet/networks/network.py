@@ -78,11 +78,9 @@ class Solution(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Of the corrections: `reconstruct` layer by layer first; `quick` where tuning follows, which estimates batch norm
-    itself; bytes of `memory`."""
+    """Of the corrections: whether to `reconstruct` layer by layer; bytes of `memory`."""
 
     reconstruct: bool
-    quick: bool
     memory: int
 
 

@@ -159,7 +159,7 @@ class ClosedForm:
                 student,
                 Solution(counts, factors),
                 self.samples,
-                Settings(reconstruct, tuned_next, self.memory),
+                Settings(reconstruct, self.memory),
                 self.run,
             )
             judge = Judge(self.network, self.teacher.held, self.samples.held_out, self.run)

@@ -35,6 +35,7 @@ from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.hints import find_pairs
 from dk2pnet.training.recipe import Recipe, choose, steps_beside_trials, trial_steps
 from dk2pnet.training.trainer import NotFinite, TrainingOptions
+from dk2pnet.training.watch import Watch
 from dk2pnet.training.whitened import plain_state
 
 __all__ = ["Tuner"]
@@ -44,9 +45,6 @@ _CROP = 0.5  # the least share of a large image
 _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
 _TRIAL_IMAGES = 256  # that batch norm is estimated on after a trial
 _WATCHED, _WATCHED_SMALL = 128, 1000  # held-out images that trials and looks use, large ones and small ones
-# When a run is looked at, as shares of its steps, and from how many steps on.
-_LOOKS, _FEWEST_TO_LOOK = (0.5, 0.75, 0.9), 50
-_LOST = 2  # a run that is so many times as far from the teacher as its start is ended
 _DROPOUTS = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # torchvision's own, whose rate is called p too
 
 _log = logging.getLogger(__name__)
@@ -101,7 +99,7 @@ class Tuner:
             module = self.learner.student(solved.student)
             if begun is not None:
                 module.load_state_dict(begun)
-            watch = _Watch(self._distance, module, steps, folder)
+            watch = Watch(self._distance, module, steps, folder)
             self._train(module, solved, steps, folder, recipe, watch)
         except NotFinite as error:
             what = str(error).split(";")[0]  # its advice is for a training that was asked for
@@ -243,46 +241,6 @@ class Tuner:
                 folder=folder,
                 watch=watch,
             )
-
-
-class _Watch:
-    """Looks at a training now and then by the held-out samples: keeps the best weights, ends what leads nowhere.
-
-    `distance`: from the teacher. `folder` keeps the best for a run that goes on.
-    """
-
-    def __init__(
-        self, distance: Callable[[nn.Module], float], start: nn.Module, steps: int, folder: Path | None
-    ) -> None:
-        self.distance, self.folder = distance, folder
-        self.looks = {math.ceil(steps * share) for share in _LOOKS} if steps >= _FEWEST_TO_LOOK else set()
-        self.limit = _LOST * distance(start) if self.looks else math.inf
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None
-        self.last = 0
-        if folder is not None and (folder / "best.json").exists():
-            notes = json.loads((folder / "best.json").read_text(encoding="utf-8"))
-            self.best = notes["distance"], notes["step"], load_file(str(folder / "best.safetensors"))
-
-    def __call__(self, model: nn.Module, step: int, total: int) -> bool:
-        """After every step."""
-        self.last = step
-        if step not in self.looks and step != total:
-            return True
-        found = [self.distance(model)]
-        processes.broadcast(found)
-        if self.best is None or found[0] <= self.best[0]:
-            self.best = found[0], step, plain_state(model)
-            if self.folder is not None and processes.is_main():
-                save_file(
-                    {name: t.contiguous() for name, t in self.best[2].items()}, str(self.folder / "best.safetensors")
-                )
-                write_json(self.folder / "best.json", {"distance": found[0], "step": step})
-        return found[0] <= self.limit
-
-    def put_best(self, model: nn.Module) -> None:
-        """Give the model the best weights, where they are not its last."""
-        if self.best is not None and self.best[1] != self.last:
-            model.load_state_dict(self.best[2])
 
 
 def all_alike(samples: Samples) -> bool:

@@ -24,8 +24,8 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 def statistics_are_folded(model: nn.Module) -> bool:
     """Whether all running means are 0 and all variances 1: they lie in weights and biases, and are nobody's."""
-    norms = _running(model).values()
-    return all(not norm.running_mean.any() and bool((norm.running_var == 1).all()) for norm in norms)  # type: ignore
+    buffers = [(norm.running_mean, norm.running_var) for norm in _running(model).values()]
+    return all(m is not None and v is not None and not m.any() and bool((v == 1).all()) for m, v in buffers)
 
 
 def reestimate_batch_norm(model: nn.Module, batches: _Batches, device: torch.device | str = "cpu") -> None:
