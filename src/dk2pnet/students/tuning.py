@@ -179,9 +179,8 @@ class Tuner:
             if recipe.batch_norm == "training":
                 tried = self.learner.learned(solved.student, module)
                 few = spread(self.samples, _TRIAL_IMAGES)
-                for _, better in self.teacher.network.after_tuning(tried, few, self.run):
-                    assert better is not None
-                    module = self.learner.student(better)
+                _, better = next(self.teacher.network.after_tuning(tried, few, self.run), ("", None))
+                module = module if better is None else self.learner.student(better)
             found = [self._distance(module)]
             processes.broadcast(found)
             if found[0] < reached[0]:

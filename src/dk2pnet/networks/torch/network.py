@@ -222,7 +222,7 @@ class TorchNetwork:
         clock = run.clock
         with clock("correct"):
             if has_batch_norm(student.model):
-                followed = student._followed(self, samples)
+                followed = student._followed(self, spread(samples, _NORM_IMAGES))
                 if (yield "batch-norm re-estimation", followed):
                     student = followed
         if how.reconstruct:
@@ -238,17 +238,22 @@ class TorchNetwork:
                 correct_biases(corrected.model, self.model, order, samples.gather, self.device)
                 yield "bias correction", corrected
             elif how.reconstruct and better is not None:
-                yield "batch-norm re-estimation after reconstruction", better._followed(self, samples)
+                yield (
+                    "batch-norm re-estimation after reconstruction",
+                    better._followed(self, spread(samples, _NORM_IMAGES)),
+                )
 
-    def _followed(self, teacher: TorchNetwork, samples: Samples) -> TorchNetwork:
+    def _followed(self, teacher: TorchNetwork, batches: Batches) -> TorchNetwork:
         corrected = self._student(copy_model(self.model))
-        follow_batch_norm(corrected.model, teacher.model, spread(samples, _NORM_IMAGES), self.device)
+        follow_batch_norm(corrected.model, teacher.model, batches, self.device)
         return corrected
 
     def after_tuning(self, student: TorchNetwork, batches: Batches, run: Run) -> Corrections:
-        """Batch norm, by its own statistics, which it has learnt with."""
+        """Batch norms that follow the teacher's, or by the student's own statistics, which it has learnt with."""
         if has_batch_norm(student.model):
-            yield "batch-norm re-estimation after tuning", student._renormalized(batches)
+            what = "batch-norm re-estimation after tuning"
+            yield what, student._followed(self, batches)
+            yield f"{what}, by its own statistics", student._renormalized(batches)
 
     def _renormalized(self, batches: Batches) -> TorchNetwork:
         corrected = self._student(copy_model(self.model))
