@@ -616,6 +616,31 @@ def points(model: str) -> Callable[[], str]:
     return table
 
 
+def imagenet(model: str) -> Callable[[], str]:
+    def table() -> str:
+        result = read(f"imagenet-{model}")
+        rows = [
+            (
+                row["budget"],
+                f"{row['minutes']:g}",
+                str(row["seed"]),
+                str(row.get("steps", "–")),
+                f"{row['seconds'] / 60:.0f}",
+                f"{row['accuracy']:.1f}",
+                f"{row['accuracy'] - result['teacher_accuracy']:.1f}",
+                f"{row['agreement']:.1f}",
+                f"{row['held_kl']:.3f}",
+                f"{row['peak_gib']:.1f}",
+            )
+            for row in result["rows"]
+        ]
+        took = "minutes it took"
+        header = ("budget", "tuned, minutes", "seed", "steps", took, "accuracy %", "points from the teacher")
+        return markdown_table((*header, "agreement %", "held-out KL", "peak GiB"), rows)
+
+    return table
+
+
 def large_tuning() -> str:
     rows = [
         (
@@ -730,6 +755,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tuning-losses": tuning_losses,
     "tuning-images": tuning_images,
     "large-tuning": large_tuning,
+    "imagenet-resnet18": imagenet("resnet18"),
     "points-resnet32": points("resnet32"),
     "explore-resnet32": explored("resnet32"),
     "explore-times-resnet32": explored_times("resnet32"),

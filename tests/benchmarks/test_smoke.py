@@ -122,6 +122,16 @@ def test_int8(toy, monkeypatch):
     assert set(int8.layers(1)[0]) == {"channels", "size", *int8.TARGETS}
 
 
+def test_imagenet(main, tmp_path, images, monkeypatch):
+    monkeypatch.setattr("dk2pnet.students.tuning.Tuner.steps_in", lambda *_: 2)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/test").symlink_to(images / "test")
+    more = ["--data", tmp_path / "val", "--calibration-data", images / "train", "--runs", tmp_path / "runs"]
+    rows = main("imagenet", *more, "--budgets", 0.6, "--minutes", 0, 1, "--threads", 1)
+    assert [row["minutes"] for row in rows] == [0, 1]
+    assert all(row["accuracy"] >= 0 for row in rows)
+
+
 def test_points(main, tmp_path, monkeypatch):
     monkeypatch.setattr("dk2pnet.students.loss_budget.MOST_PROBES", 1)
     rows = main("points", "--runs", tmp_path / "runs", "--drops", 100)
