@@ -79,8 +79,8 @@ class Tuner:
         precision = teacher.options.precision if options.precision == "auto" else options.precision
         if not isinstance(self.source.data, ImageData):  # as many at once as the network is known to take
             least = min(len(x) for x, _ in self.samples.gather)
-            kept = isinstance(self.source.data, TensorImages) and not teacher.network.batching.size
-            batch = batch if kept else least
+            images = self.source.data if isinstance(self.source.data, TensorImages) else None
+            batch = batch if images is not None and images.kept is not None else least
         changes: dict[str, Any] = {"batch_size": batch, "precision": precision, "seed": run.seed}
         if batch < _FEWEST_FOR_BATCH_NORM:
             changes["batch_norm"] = "frozen"

@@ -374,11 +374,12 @@ class TorchLearner:
         A student that starts far from the teacher learns from larger steps (docs/results.md).
         """
         usual = options.learning_rate
-        frozen = [Recipe(usual * _FROZEN_SHARE, "frozen", True)]
-        if options.batch_norm == "frozen" or not has_batch_norm(self.teacher) or statistics_are_folded(self.teacher):
-            return frozen
         rate = _FAR_RATE if squared_error(teacher, start) > _FAR else usual
-        trained = [Recipe(rate, "training", True)]
+        trained, frozen = [Recipe(rate, "training", True)], [Recipe(usual * _FROZEN_SHARE, "frozen", True)]
+        if not has_batch_norm(self.teacher):
+            return trained
+        if options.batch_norm == "frozen" or statistics_are_folded(self.teacher):
+            return frozen
         return frozen + trained if max(self.example.shape[2:]) > _SMALL else trained + frozen
 
 
