@@ -310,6 +310,23 @@ def test_the_rate_is_higher_where_the_start_is_far(error, batch, given, wanted):
     assert tuner._recipes(SimpleNamespace(student=student))[0].rate == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize(("error", "wanted"), [(0.3, 0.01), (0.4, 0.03)])
+def test_a_network_without_batch_norm_has_one_recipe_at_the_usual_rate(error, wanted):
+    model = nn.Sequential(*(module for module in net() if not isinstance(module, nn.BatchNorm2d)))
+    teacher = Teacher.open(model, X, CompressOptions(tune=5, calibration_images=160), Run())
+    off = Predictions([output * (1 + math.sqrt(error)) for output in teacher.held.outputs], None)
+    tuner = tune.Tuner(teacher, Run())
+    recipes = tuner._recipes(SimpleNamespace(student=SimpleNamespace(predict=lambda *_: off)))
+    assert [recipe.rate for recipe in recipes] == [wanted]
+
+
+def test_single_images_that_are_not_kept_freeze_batch_norm():
+    singles = [part for x in X for part in x.split(1)]
+    teacher = Teacher.open(net(), singles, CompressOptions(tune=5, calibration_images=160, memory=1e-9), Run())
+    tuner = tune.Tuner(teacher, Run())
+    assert (tuner.options.batch_size, tuner.options.batch_norm) == (1, "frozen")
+
+
 # -- times, and going on -----------------------------------------------------------------------------------------------
 
 
