@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUGMENTATIONS",
+    "SMALL",
     "SMALLEST_CROP",
     "Batches",
     "ImageData",
@@ -31,13 +32,14 @@ __all__ = [
     "augmentation_for",
     "batch_size_for",
     "generator_for",
+    "random_crop",
     "shift",
 ]
 
 SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image keeps at least, as is usual
 
 _DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}  # names of data sets
-_SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
+SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
 
 _SOME = 16  # images that are looked at for colour
 _CHUNK = 512  # rows read from a data set at once
@@ -196,7 +198,7 @@ class Rows:
     def decode(self, positions: Tensor, augment: str = "none", least: float = SMALLEST_CROP) -> Tensor:
         """Decode the images at these positions to uint8 (B, C, H, W); ``augment`` draws from the global generator."""
         out = torch.empty((len(positions), self.channels, *self.size), dtype=torch.uint8)
-        crop = _random_crop(self.size, augment, least) if augment != "none" else partial(_fit, size=self.size)
+        crop = random_crop(self.size, augment, least) if augment != "none" else partial(_fit, size=self.size)
         for number, image in enumerate(self.pictures(positions)):
             pixels = torch.from_numpy(np.array(crop(image)))
             out[number] = pixels if self.channels == 1 else pixels.permute(2, 0, 1)
@@ -267,7 +269,7 @@ class ImageData:
     @property
     def in_memory(self) -> bool:
         """Whether images are decoded once and kept."""
-        return self._rows is None or max(self.size) <= _SMALL
+        return self._rows is None or max(self.size) <= SMALL
 
     @property
     def images(self) -> Tensor:
@@ -445,7 +447,8 @@ def shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     return x
 
 
-def _random_crop(size: tuple[int, int], augment: str, least: float) -> Callable[[Image], Image]:
+def random_crop(size: tuple[int, int], augment: str, least: float) -> Callable[[Image], Image]:
+    """Cuts out a random part of a picture or of a tensor, from the global generator."""
     from torchvision.transforms import v2
 
     crop = v2.RandomResizedCrop(size, scale=(least, 1.0), antialias=True)
@@ -458,7 +461,7 @@ def _fit(image: Image, size: tuple[int, int]) -> Image:
         return image
     from torchvision.transforms.v2 import functional
 
-    height, width = (side if max(size) <= _SMALL else round(side * 256 / 224) for side in size)
+    height, width = (side if max(size) <= SMALL else round(side * 256 / 224) for side in size)
     if image.height * width <= image.width * height:
         width = height * image.width // image.height
     else:

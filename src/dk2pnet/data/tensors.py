@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dk2pnet.data.images import SMALLEST_CROP, ImageData, generator_for, shift
+from dk2pnet.data.images import SMALL, SMALLEST_CROP, ImageData, generator_for, random_crop, shift
 
 __all__ = ["TensorBatches", "TensorImages", "image_like", "images_of"]
 
-_SMALL = 64  # as of data sets: images up to this side are shifted, larger ones cropped
 _LEAST_SIDE = 8
-_RATIO = math.log(4 / 3)  # of a crop's sides, at most
 
 
 def image_like(x: object) -> bool:
@@ -102,22 +99,10 @@ class TensorBatches:
         if self.augment == "none":
             return x
         flip = self.augment == "natural"
-        if max(x.shape[2:]) <= _SMALL:
+        if max(x.shape[2:]) <= SMALL:
             low = self.images.lowest.view(-1, 1, 1).to(x)
             return shift(x - low, generator, flip) + low
-        return torch.stack([_crop(image, self.least, generator, flip) for image in x])
-
-
-def _crop(image: Tensor, least: float, generator: torch.Generator, flip: bool) -> Tensor:
-    """A random part of an image ``(C, H, W)``, of at least the share `least` of its area, in its old size."""
-    from torchvision.transforms.v2 import functional
-
-    height, width = image.shape[1:]
-    area, ratio, down, right, mirror = torch.rand(5, generator=generator).tolist()
-    part = height * width * (least + (1 - least) * area)
-    wider = math.exp(_RATIO * (2 * ratio - 1) / 2)  # the square root of the ratio of the sides
-    tall = min(height, round(math.sqrt(part * height / width) / wider))
-    wide = min(width, round(math.sqrt(part * width / height) * wider))
-    top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
-    image = functional.resized_crop(image, top, left, tall, wide, [height, width], antialias=True)
-    return image.flip(2) if flip and mirror < 0.5 else image
+        crop: Any = random_crop((x.shape[2], x.shape[3]), self.augment, self.least)
+        with torch.random.fork_rng(devices=[]):  # which it draws from
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            return torch.stack([crop(image) for image in x])

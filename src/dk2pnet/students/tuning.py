@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dk2pnet import processes
 from dk2pnet.data import ImageData
+from dk2pnet.data.images import SMALL
 from dk2pnet.data.samples import Samples, spread
 from dk2pnet.data.tensors import TensorImages
 from dk2pnet.errors import Refused
@@ -75,7 +76,7 @@ class Tuner:
         )
         options, example = options or self.learner.options, self.learner.example
         count = self.samples.counts["calibration"]
-        batch = min(options.batch_size if max(example.shape[2:]) <= 64 else 32, count)
+        batch = min(options.batch_size if max(example.shape[2:]) <= SMALL else 32, count)
         precision = teacher.options.precision if options.precision == "auto" else options.precision
         if not isinstance(self.source.data, ImageData):  # as many at once as the network is known to take
             least = min(len(x) for x, _ in self.samples.gather)
@@ -85,7 +86,7 @@ class Tuner:
         if batch < _FEWEST_FOR_BATCH_NORM:
             changes["batch_norm"] = "frozen"
         self.options = replace(options, checkpoint_every=teacher.options.checkpoint_every, **changes)
-        self.large = max(example.shape[2:]) > 64
+        self.large = max(example.shape[2:]) > SMALL
         if all_alike(self.samples):
             _log.warning("the calibration images are all alike: what is tuned on them says little about others")
 

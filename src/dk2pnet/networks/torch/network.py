@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dk2pnet import __version__, processes
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.data.arrays import Arrays, Feed
+from dk2pnet.data.images import SMALL
 from dk2pnet.data.samples import Batches, Batching, Every, Part, Samples, spread
 from dk2pnet.data.tensors import TensorImages, images_of
 from dk2pnet.decompose.moments import Moments
@@ -56,7 +57,6 @@ _NORM_IMAGES = 512
 # A start whose outputs are off by more than this (relative squared error) has a longer way to go, in larger steps.
 _FAR, _FAR_RATE = 1 / 3, 3e-2
 _FROZEN_SHARE = 0.3  # the rate with batch norm frozen, as a share of the usual one
-_SMALL = 64  # the largest side of small images
 
 
 @dataclass
@@ -380,7 +380,7 @@ class TorchLearner:
             return trained
         if options.batch_norm == "frozen" or statistics_are_folded(self.teacher):
             return frozen
-        return frozen + trained if max(self.example.shape[2:]) > _SMALL else trained + frozen
+        return frozen + trained if max(self.example.shape[2:]) > SMALL else trained + frozen
 
 
 def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path) -> float:
