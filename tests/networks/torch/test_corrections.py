@@ -9,8 +9,8 @@ from torch import nn
 from dk2pnet.layer import DKConv2d
 from dk2pnet.networks.torch.corrections import (
     correct_biases,
-    follow_batch_norm,
     has_batch_norm,
+    match_batch_norm,
     reestimate_batch_norm,
     statistics_are_folded,
 )
@@ -128,7 +128,7 @@ def test_a_channel_that_was_scaled_and_shifted_answers_as_the_teacher_again():
         student[3].bias.add_(torch.tensor([1.0, -2.0, 0.5, 0.0]))
     x = images((16,), seed=7)[0][0] * 3 + 1
     assert not torch.allclose(student(x), teacher(x), atol=0.1)
-    follow_batch_norm(student, teacher, images())
+    match_batch_norm(student, teacher, images())
     torch.testing.assert_close(student(x), teacher(x), rtol=1e-3, atol=1e-3)
 
 
@@ -140,7 +140,7 @@ def test_of_images_like_those_of_training_it_is_the_usual_estimate():
     with torch.no_grad():
         for student in (mine, usual):
             student[0].weight += 0.3 * noise
-    follow_batch_norm(mine, teacher, images((64,)))
+    match_batch_norm(mine, teacher, images((64,)))
     reestimate_batch_norm(usual, images((64,)))
     for layer in (1, 4):
         torch.testing.assert_close(mine[layer].running_mean, usual[layer].running_mean, rtol=0.01, atol=0.01)
@@ -154,7 +154,7 @@ def test_folded_statistics_stay_what_they_are():
     assert statistics_are_folded(teacher)
     assert not statistics_are_folded(normed())
     student = copy.deepcopy(teacher)
-    follow_batch_norm(student, teacher, images())
+    match_batch_norm(student, teacher, images())
     torch.testing.assert_close(student.state_dict(), teacher.state_dict(), rtol=0, atol=1e-6)
 
 
@@ -164,8 +164,8 @@ def test_how_the_images_are_cut_into_batches_hardly_matters_to_a_first_norm(size
     with torch.no_grad():
         for each in (student, other):
             each[0].weight += 0.1
-    follow_batch_norm(student, teacher, [(x, None) for x in images((24,))[0][0].split(sizes[0])])
-    follow_batch_norm(other, teacher, images((24,)))
+    match_batch_norm(student, teacher, [(x, None) for x in images((24,))[0][0].split(sizes[0])])
+    match_batch_norm(other, teacher, images((24,)))
     torch.testing.assert_close(student[1].running_mean, other[1].running_mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(student[1].running_var, other[1].running_var, rtol=1e-4, atol=1e-5)
 
@@ -176,7 +176,7 @@ def test_following_leaves_modes_hooks_and_norms_that_differ():
     student[1].train()
     teacher[4] = nn.BatchNorm2d(4, track_running_stats=False)
     before = student[4].running_mean.clone()
-    follow_batch_norm(student, teacher, images())
+    match_batch_norm(student, teacher, images())
     assert student[1].training
     assert torch.equal(student[4].running_mean, before)
     assert not any(module._forward_pre_hooks for model in (teacher, student) for module in model.modules())

@@ -429,7 +429,7 @@ def test_solved_freely_these_fit_noise(monkeypatch):
 
 @pytest.mark.chooses
 def test_with_samples_enough_nothing_is_chosen_and_all_layers_are_solved(monkeypatch):
-    monkeypatch.setattr(module_of_it._Layer, "_pull", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(module_of_it._Layer, "_ridge", lambda *_: pytest.fail("asked"))
     found, _, _ = run(network(width=4), 2, images(96))
     assert list(found) == ["2", "4", "6"]
 
@@ -438,7 +438,7 @@ def test_with_samples_enough_nothing_is_chosen_and_all_layers_are_solved(monkeyp
 def test_where_the_first_layers_gain_nothing_it_stops(monkeypatch):
     monkeypatch.setattr(module_of_it, "_FIRST", 2)
     asked = []
-    monkeypatch.setattr(module_of_it._Layer, "_pull", lambda self, *_: asked.append(1))
+    monkeypatch.setattr(module_of_it._Layer, "_ridge", lambda self, *_: asked.append(1))
     found, _, _ = run(network(), 2, images(12), positions=4)
     assert found == {}
     assert len(asked) == 2

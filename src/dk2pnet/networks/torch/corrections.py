@@ -1,4 +1,4 @@
-"""Small corrections after convolutions were replaced: batch norms that follow the teacher's, bias correction."""
+"""Small corrections after convolutions were replaced: batch norms matched to the teacher's, bias correction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import evaluation, layout_of
 
-__all__ = ["correct_biases", "follow_batch_norm", "has_batch_norm", "reestimate_batch_norm", "statistics_are_folded"]
+__all__ = ["correct_biases", "match_batch_norm", "has_batch_norm", "reestimate_batch_norm", "statistics_are_folded"]
 
 _Batches = Iterable[tuple[Tensor, Tensor | None]]
 
@@ -58,7 +58,7 @@ def reestimate_batch_norm(model: nn.Module, batches: _Batches, device: torch.dev
 
 
 @torch.no_grad()
-def follow_batch_norm(
+def match_batch_norm(
     student: nn.Module, teacher: nn.Module, batches: _Batches, device: torch.device | str = "cpu"
 ) -> None:
     """Give the student's batch norms the means and variances with which each channel has, behind the norm, the mean and

@@ -34,8 +34,8 @@ from dk2pnet.networks.saved import load_student, save_student
 from dk2pnet.networks.torch.convert import with_kernels
 from dk2pnet.networks.torch.corrections import (
     correct_biases,
-    follow_batch_norm,
     has_batch_norm,
+    match_batch_norm,
     reestimate_batch_norm,
     statistics_are_folded,
 )
@@ -222,9 +222,9 @@ class TorchNetwork:
         clock = run.clock
         with clock("correct"):
             if has_batch_norm(student.model):
-                followed = student._followed(self, spread(samples, _NORM_IMAGES))
-                if (yield "batch-norm re-estimation", followed):
-                    student = followed
+                matched = student._matched(self, spread(samples, _NORM_IMAGES))
+                if (yield "batch-norm re-estimation", matched):
+                    student = matched
         if how.reconstruct:
             with clock("reconstruct"):
                 better = self._reconstructed(solution, samples, how.memory, run)
@@ -240,19 +240,19 @@ class TorchNetwork:
             elif how.reconstruct and better is not None:
                 yield (
                     "batch-norm re-estimation after reconstruction",
-                    better._followed(self, spread(samples, _NORM_IMAGES)),
+                    better._matched(self, spread(samples, _NORM_IMAGES)),
                 )
 
-    def _followed(self, teacher: TorchNetwork, batches: Batches) -> TorchNetwork:
+    def _matched(self, teacher: TorchNetwork, batches: Batches) -> TorchNetwork:
         corrected = self._student(copy_model(self.model))
-        follow_batch_norm(corrected.model, teacher.model, batches, self.device)
+        match_batch_norm(corrected.model, teacher.model, batches, self.device)
         return corrected
 
     def after_tuning(self, student: TorchNetwork, batches: Batches, run: Run) -> Corrections:
-        """Batch norms that follow the teacher's, or by the student's own statistics, which it has learnt with."""
+        """Batch norms matched to the teacher's, or by the student's own statistics, which it has learnt with."""
         if has_batch_norm(student.model):
             what = "batch-norm re-estimation after tuning"
-            yield what, student._followed(self, batches)
+            yield what, student._matched(self, batches)
             yield f"{what}, by its own statistics", student._renormalized(batches)
 
     def _renormalized(self, batches: Batches) -> TorchNetwork:

@@ -36,7 +36,7 @@ _LEAST_GAIN = 1e-2
 _FAR = 1e2
 _PIECE = 2**24  # numbers of patches that are multiplied at once
 # Ridges about the present weight, as shares of the inputs' energy; and every which image chooses among them.
-_PULLS, _HELD = (1e-3, 0.1), 5
+_RIDGES, _HELD = (1e-3, 0.1), 5
 _AMPLE = 20  # samples for every unknown, from which on nothing has to be chosen
 _FIRST = 4  # layers: where none of them gains, none is solved
 
@@ -249,28 +249,24 @@ class _Layer:
         """The factors, and what is to be added to the responses, ``(N,)``; None where the weight that the layer has is
         no worse on images put aside.
 
-        So many images have at most as many samples as a wide layer has unknowns. How much of the present weight is
-        kept (a ridge about it, in units of the inputs' energy) is chosen by every fifth image.
+        A wide layer has as many unknowns as a few hundred images have samples. There every fifth image chooses how much
+        of the present weight is kept: a ridge about it, in units of the inputs' energy.
         """
         samples, unknowns = len(self.wanted), self.conv.weight[0].numel()
         held = torch.arange(samples) // max(1, samples // images) % _HELD == 0
-        pull: float | None = 0.0
+        ridge: float | None = 0.0
         if samples < _AMPLE * unknowns and 0 < int(held.sum()) < samples:
-            pull = self._pull(counts, damping, held)
-        everything = torch.ones_like(held)
-        if pull is None:
-            A, mean = self._moments(everything)
-            centre = self._cross(self.wanted, mean, everything)[1]
-            return None, self._shift(self._now(), mean, centre)
-        A, mean = self._moments(everything)
-        best = None
-        goal = self.wanted
+            ridge = self._ridge(counts, damping, held)
+        A, mean = self._moments()
+        if ridge is None:
+            return None, self._shift(self._now(), mean, self._cross(self.wanted, mean)[1])
+        goal, best = self.wanted, None
         for _ in range(_SOLUTIONS if self.free is not None else 1):
-            factors, shift = self._solved(counts, damping, pull, A, mean, goal, everything)
+            factors, shift = self._solved(counts, damping, ridge, A, mean, goal)
             if self.free is None:
                 return factors, shift
             responses = self._responses(self._weight(factors)) + shift
-            goal = self._goal(responses, everything)
+            goal = self._goal(responses)
             error = float(((responses - goal) * self.gain).square().sum())
             if best is not None and error >= best[0] * (1 - _TOLERANCE):
                 break
@@ -278,43 +274,51 @@ class _Layer:
         assert best is not None
         return best[1], best[2]
 
-    def _pull(self, counts: Tensor, damping: float, held: Tensor) -> float | None:
+    def _ridge(self, counts: Tensor, damping: float, held: Tensor) -> float | None:
         """The ridge that serves the images put aside best, None where none improves on the present weight."""
         A, mean = self._moments(~held)
         centre = self._cross(self.wanted, mean, ~held)[1]
         best, least = None, self._error(self._now(), self._shift(self._now(), mean, centre), held)
-        for pull in _PULLS:
-            factors, shift = self._solved(counts, damping, pull, A, mean, self.wanted, ~held)
+        for ridge in _RIDGES:
+            factors, shift = self._solved(counts, damping, ridge, A, mean, self.wanted, ~held)
             error = self._error(self._weight(factors), shift, held)
             if error < least:
-                best, least = pull, error
+                best, least = ridge, error
         return best
 
     def _solved(
-        self, counts: Tensor, damping: float, pull: float, A: Tensor, mean: Tensor, goal: Tensor, rows: Tensor
+        self,
+        counts: Tensor,
+        damping: float,
+        ridge: float,
+        A: Tensor,
+        mean: Tensor,
+        goal: Tensor,
+        rows: Tensor | None = None,
     ) -> tuple[Factors, Tensor]:
         target, centre = self._cross(goal, mean, rows)
         energy = A.diagonal(dim1=1, dim2=2)
         weights = torch.diag_embed(self.gain.square().view(self.conv.groups, -1))
-        ridge, kept = pull * torch.diag_embed(energy), pull * self._now() * energy.unsqueeze(1)
-        problem = Problem(self.conv.weight, counts, A + ridge, weights, self.conv.groups, target=target + kept)
+        A, target = A + ridge * torch.diag_embed(energy), target + ridge * self._now() * energy.unsqueeze(1)
+        problem = Problem(self.conv.weight, counts, A, weights, self.conv.groups, target=target)
         factors = solve_many([problem], damping)[0]
         return factors, self._shift(self._weight(factors), mean, centre)
 
-    def _goal(self, responses: Tensor, rows: Tensor) -> Tensor:
+    def _goal(self, responses: Tensor, rows: Tensor | None = None) -> Tensor:
         """What the responses ought to be; where the ReLU is silent, what they are on its side of zero."""
+        wanted = _of(self.wanted, rows)
         if self.free is None:
-            return self.wanted[rows]
-        silent = self.silent[rows] if len(self.silent) > 1 else self.silent
+            return wanted
+        silent = _of(self.silent, rows) if len(self.silent) > 1 else self.silent
         # On the ReLU's side of zero where the gain is positive.
         above = (responses - silent) * self.gain > 0
-        return torch.where(self.free[rows], torch.where(above, silent, responses), self.wanted[rows])
+        return torch.where(_of(self.free, rows), torch.where(above, silent, responses), wanted)
 
     def _error(self, weight: Tensor, shift: Tensor, rows: Tensor) -> float:
         responses = self._responses(weight, rows) + shift
         return float(((responses - self._goal(responses, rows)) * self.gain).square().sum())
 
-    def _moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _moments(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Second moments ``(G, C q, C q)`` of the patches, about their mean where the layer can be shifted, and it."""
         found, mean = self._sums(rows)
         spread = found.diagonal(dim1=1, dim2=2).mean()
@@ -323,7 +327,7 @@ class _Layer:
             return self._sums(rows)
         return found, mean
 
-    def _sums(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         groups, inputs = self.conv.groups, self.conv.weight[0].numel()
         square = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
         total, count = torch.zeros(groups, inputs, dtype=torch.float64), 0
@@ -336,9 +340,9 @@ class _Layer:
             mean = torch.zeros_like(mean)
         return square / max(count, 1) - mean.unsqueeze(2) * mean.unsqueeze(1), mean
 
-    def _cross(self, y: Tensor, mean: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross(self, y: Tensor, mean: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``E[y u']`` (G, N, C q), about the means where the layer can be shifted, and the mean of y ``(G, N)``."""
-        groups, y = self.conv.groups, y[chosen]
+        groups, y = self.conv.groups, _of(y, chosen)
         rows = y.view(len(y), groups, -1).permute(1, 2, 0)  # (G, N, n)
         cross, done = torch.zeros(groups, rows.shape[1], mean.shape[1], dtype=torch.float64), 0
         for patches in self.samples.pieces(chosen):
@@ -366,6 +370,10 @@ class _Layer:
         """``(n, N)``."""
         parts = [patches @ weight.transpose(1, 2).to(patches) for patches in self.samples.pieces(rows)]
         return torch.cat(parts, 1).transpose(0, 1).flatten(1).double().cpu()
+
+
+def _of(rows: Tensor, chosen: Tensor | None) -> Tensor:
+    return rows if chosen is None else rows[chosen]
 
 
 def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
