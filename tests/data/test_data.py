@@ -419,6 +419,31 @@ def test_large_crops_are_mirrored_only_if_natural(tmp_path):
         assert {bool(image[0, 0, 0] < image[0, 0, -1]) for image in x} == kinds
 
 
+def test_kept_large_images_are_the_same_and_decoded_once(tmp_path, monkeypatch):
+    data, kept, asked = large(tmp_path), large(tmp_path).kept(), []
+    assert kept.in_memory
+    real = module._from_workers
+    monkeypatch.setattr(module, "_from_workers", lambda *args: asked.append(1) or real(*args))
+    before = torch.get_rng_state()
+    first = gathered(kept.batches(2, PLAIN3))
+    assert len(asked) == 1
+    assert torch.equal(first, gathered(kept.batches(3, PLAIN3)))
+    crops = [gathered(kept.batches(2, PLAIN3, augment="natural", seed=seed)) for seed in (0, 0, 1)]
+    assert len(asked) == 1
+    assert torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[0], crops[2])
+    assert not torch.equal(crops[0], first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, gathered(data.batches(2, PLAIN3)))
+    assert not data.in_memory  # which is left as it was
+
+
+def test_more_than_fits_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_KEPT_BYTES", 5 * 3 * 70 * 70 - 1)
+    assert not large(tmp_path).kept().in_memory
+    assert large(tmp_path).subset([0, 1]).kept().in_memory
+
+
 def test_large_images_shrunk_to_small_ones_are_kept(tmp_path, decoded):
     large(tmp_path)
     data = load(tmp_path / "large", size=32)

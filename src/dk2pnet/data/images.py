@@ -30,10 +30,9 @@ __all__ = [
     "Normalization",
     "Rows",
     "augmentation_for",
+    "augmented",
     "batch_size_for",
     "generator_for",
-    "random_crop",
-    "shift",
 ]
 
 SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image keeps at least, as is usual
@@ -42,6 +41,8 @@ _DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}  # names of data sets
 SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
 
 _SOME = 16  # images that are looked at for colour
+_KEPT_BYTES = 2**29  # of large images that `ImageData.kept` decodes once
+_AT_ONCE = 32  # of them decoded by a worker at once
 _CHUNK = 512  # rows read from a data set at once
 
 _PRESETS = {
@@ -198,7 +199,7 @@ class Rows:
     def decode(self, positions: Tensor, augment: str = "none", least: float = SMALLEST_CROP) -> Tensor:
         """Decode the images at these positions to uint8 (B, C, H, W); ``augment`` draws from the global generator."""
         out = torch.empty((len(positions), self.channels, *self.size), dtype=torch.uint8)
-        crop = random_crop(self.size, augment, least) if augment != "none" else partial(_fit, size=self.size)
+        crop = _random_crop(self.size, augment, least) if augment != "none" else partial(_fit, size=self.size)
         for number, image in enumerate(self.pictures(positions)):
             pixels = torch.from_numpy(np.array(crop(image)))
             out[number] = pixels if self.channels == 1 else pixels.permute(2, 0, 1)
@@ -255,6 +256,7 @@ class ImageData:
         self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
         self._rows = images if isinstance(images, Rows) else None
         self._tensor = images if isinstance(images, Tensor) else None
+        self._keep = False
         self._length = len(images.rows) if isinstance(images, Rows) else len(images)
         self.channels = images.channels if isinstance(images, Rows) else images.shape[1]
         self.size = images.size if isinstance(images, Rows) else (images.shape[2], images.shape[3])
@@ -269,15 +271,30 @@ class ImageData:
     @property
     def in_memory(self) -> bool:
         """Whether images are decoded once and kept."""
-        return self._rows is None or max(self.size) <= SMALL
+        return self._rows is None or self._keep or max(self.size) <= SMALL
+
+    def kept(self) -> ImageData:
+        """The same images, large ones too decoded only once if they fit into memory.
+
+        For images that many passes see. A random part of them is cut out of what is kept, no longer of the original.
+        """
+        if self.in_memory:
+            return self
+        same = self.subset(torch.arange(len(self)))
+        same._keep = len(self) * self.channels * math.prod(self.size) <= _KEPT_BYTES
+        return same
 
     @property
     def images(self) -> Tensor:
-        """All images, uint8 (N, C, H, W). Large ones are decoded anew at every call: ask a subset."""
+        """All images, uint8 (N, C, H, W). Large ones are decoded anew at every call, unless `kept`: ask a subset."""
         if self._tensor is not None:
             return self._tensor
         assert self._rows is not None
-        images = self._rows.decode(torch.arange(len(self)))
+        if max(self.size) <= SMALL:
+            images = self._rows.decode(torch.arange(len(self)))
+        else:
+            tasks = [(part, "none", 1.0, 0) for part in torch.arange(len(self)).split(_AT_ONCE)]
+            images = torch.cat(list(_from_workers(self._rows, tasks, 2, 0)))
         if self.in_memory:
             self._tensor = images
         return images
@@ -404,26 +421,41 @@ class Batches:
             yield self.normalization.apply(x), None if labels is None else labels[part]
 
     def _from_memory(self, tasks: Sequence[tuple[Tensor, str, float, int]]) -> Iterator[Tensor]:
-        images = self.data.images
-        for part, augment, _, seed in tasks:
-            x = images[part]
-            if augment != "none":
-                x = shift(x, torch.Generator().manual_seed(seed), flip=augment == "natural")
-            yield x
+        for part, augment, least, seed in tasks:
+            yield augmented(self.data.images[part], augment, least, torch.Generator().manual_seed(seed))
 
     def _from_workers(self, tasks: Sequence[tuple[Tensor, str, float, int]]) -> Iterator[Tensor]:
-        rows: Any = self.data._rows  # a data set by what it does: the loader asks it for each of the tasks
-        loader: torch.utils.data.DataLoader[Tensor | InputError] = torch.utils.data.DataLoader(
-            rows,
-            sampler=tasks,
-            batch_size=None,
-            num_workers=min(self.workers, len(tasks)),
-            generator=generator_for(self.seed, self.epoch),  # else the loader draws from the global one
-        )
-        for x in loader:
-            if isinstance(x, InputError):
-                raise x
-            yield x
+        assert self.data._rows is not None
+        # A seed of its own, else the loader draws from the global generator.
+        return _from_workers(self.data._rows, tasks, self.workers, self.seed, self.epoch)
+
+
+def _from_workers(
+    rows: Any, tasks: Sequence[tuple[Tensor, str, float, int]], workers: int, *seed: int
+) -> Iterator[Tensor]:
+    loader: torch.utils.data.DataLoader[Tensor | InputError] = torch.utils.data.DataLoader(
+        rows,  # a data set by what it does: the loader asks it for each of the tasks
+        sampler=tasks,
+        batch_size=None,
+        num_workers=min(workers, len(tasks)),
+        generator=generator_for(*seed),
+    )
+    for x in loader:
+        if isinstance(x, InputError):
+            raise x
+        yield x
+
+
+def augmented(x: Tensor, augment: str, least: float, generator: torch.Generator, lowest: float | Tensor = 0) -> Tensor:
+    """Images ``(B, C, H, W)`` as `ImageData.batches` augments those in memory; a shift is filled with `lowest`."""
+    if augment == "none":
+        return x
+    if max(x.shape[2:]) <= SMALL:
+        return _shift(x - lowest, generator, flip=augment == "natural") + lowest
+    crop: Any = _random_crop((x.shape[2], x.shape[3]), augment, least)
+    with torch.random.fork_rng(devices=[]):  # which it draws from
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return torch.stack([crop(image) for image in x])
 
 
 def generator_for(*key: int) -> torch.Generator:
@@ -432,7 +464,7 @@ def generator_for(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+def _shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     """Move every image of ``x (B, C, H, W)`` by up to an eighth of its sides, filling with 0; mirror half of them."""
     count, _, height, width = x.shape
     down, right = height // 8, width // 8
@@ -447,7 +479,7 @@ def shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
     return x
 
 
-def random_crop(size: tuple[int, int], augment: str, least: float) -> Callable[[Image], Image]:
+def _random_crop(size: tuple[int, int], augment: str, least: float) -> Callable[[Image], Image]:
     """Cuts out a random part of a picture or of a tensor, from the global generator."""
     from torchvision.transforms import v2
 

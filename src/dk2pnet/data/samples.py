@@ -128,7 +128,7 @@ def named_samples(
     if calibration is not None:
         norm.check(calibration.channels)
     source = kept if calibration is None else split_training(calibration)[0]
-    gather, held_out = calibration_split(source, count)
+    gather, held_out = (each.kept() for each in calibration_split(source, count))
     size = batching.size
     if batching.fixed and size and min(len(gather), len(held_out)) < size:
         raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dk2pnet.data.images import SMALL, SMALLEST_CROP, ImageData, generator_for, random_crop, shift
+from dk2pnet.data.images import SMALLEST_CROP, ImageData, augmented, generator_for
 
 __all__ = ["TensorBatches", "TensorImages", "image_like", "images_of"]
 
@@ -82,7 +82,8 @@ class TensorBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, None]]:
         for number, x in enumerate(self._plain()):
-            yield self._augmented(x, generator_for(self.seed, self.epoch, number)), None
+            lowest = self.images.lowest.view(-1, 1, 1).to(x)
+            yield augmented(x, self.augment, self.least, generator_for(self.seed, self.epoch, number), lowest), None
 
     def _plain(self) -> Iterator[Tensor]:
         kept = self.images.kept
@@ -94,15 +95,3 @@ class TensorBatches:
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             chosen = (places[each] for each in order[start : start + self.batch_size])
             yield torch.stack([kept[number][row] for number, row in chosen])
-
-    def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        if self.augment == "none":
-            return x
-        flip = self.augment == "natural"
-        if max(x.shape[2:]) <= SMALL:
-            low = self.images.lowest.view(-1, 1, 1).to(x)
-            return shift(x - low, generator, flip) + low
-        crop: Any = random_crop((x.shape[2], x.shape[3]), self.augment, self.least)
-        with torch.random.fork_rng(devices=[]):  # which it draws from
-            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            return torch.stack([crop(image) for image in x])
