@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dk2pnet.decompose.solve import Factors, solve
 from dk2pnet.errors import InputError
@@ -456,6 +457,7 @@ class _GatherLast(torch.autograd.Function):
         return found.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (channels,) = context.saved_tensors
         batch, count, height, width = gradients[0].shape

@@ -224,8 +224,7 @@ class Tuner:
         options = replace(self.options, steps=steps, learning_rate=recipe.rate, batch_norm=recipe.batch_norm)
         learner = self.learner
         if options.method != "kd" and not options.hints and not find_pairs(student, learner.teacher, learner.example):
-            # No feature maps: the outputs alone teach.
-            options = replace(options, method="kd", distill=1.0, output_loss="kl")
+            options = replace(options, method="kd", distill=1.0)  # no feature maps: the outputs alone teach
         names = learner.names
         whitenings = {names[name]: whitening for name, whitening in solved.whitenings.items()}
         with _without_dropout(student):

@@ -34,7 +34,6 @@ from dk2pnet.training.whitened import whitened
 __all__ = [
     "BATCH_NORMS",
     "OPTIMIZERS",
-    "OUTPUT_LOSSES",
     "PRECISIONS",
     "TUNING",
     "NotFinite",
@@ -45,7 +44,6 @@ __all__ = [
 
 OPTIMIZERS = ("sgd", "adam")
 BATCH_NORMS = ("training", "frozen")
-OUTPUT_LOSSES = ("kl", "squared")
 _LOG_STEPS = 50  # between two lines of the log
 _CLIP = 5.0  # largest norm of all gradients together
 _log = logging.getLogger(__name__)
@@ -68,10 +66,9 @@ class TrainingOptions:
     `losses.METHODS`, None for KP with a teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER``
     each, in place of those found; ``alpha``, ``tau``: weight and temperature of distillation against the labels'
     cross-entropy; ``distill``: weight of the outputs' distillation beside the hints where images have no labels;
-    ``output_loss``: a classifier's, ``kl`` of softened logits or ``squared`` error relative to the teacher's; ``beta``,
-    ``kp_tau``: weight of each hint (None: the method's own) and its temperature; ``beta_end``: what is left of that
-    weight at the end, to which it falls linearly; ``pre_regressor``: one at every hint, also where channels agree;
-    ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
+    ``beta``, ``kp_tau``: weight of each hint (None: the method's own) and its temperature; ``beta_end``: what is left
+    of that weight at the end, to which it falls linearly; ``pre_regressor``: one at every hint, also where channels
+    agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
     `torch.compile`; ``checkpoint_every``: seconds.
     """
 
@@ -88,7 +85,6 @@ class TrainingOptions:
     alpha: float = TrainOptions.alpha
     tau: float = TrainOptions.tau
     distill: float = 1.0
-    output_loss: str = "kl"
     beta: float | None = TrainOptions.beta
     kp_tau: float = TrainOptions.kp_tau
     beta_end: float = TrainOptions.beta_end
@@ -127,8 +123,7 @@ class TrainingOptions:
                 f"KP tau {self.kp_tau}, warm-up {self.warmup}; expected rates and temperatures above 0, alpha and beta "
                 "at the end between 0 and 1, weight decay, distill, beta and warm-up 0 or more"
             )
-        choices = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "batch_norm": BATCH_NORMS}
-        for name, known in (choices | {"output_loss": OUTPUT_LOSSES}).items():
+        for name, known in (("precision", PRECISIONS), ("optimizer", OPTIMIZERS), ("batch_norm", BATCH_NORMS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.method is not None:
@@ -542,7 +537,7 @@ def _loss(
         else:
             weights["kd"] = options.distill
         if weights["kd"] or _comparable(outputs, wanted):
-            terms["kd"] = _output_loss(outputs, wanted, options)
+            terms["kd"] = _output_loss(outputs, wanted, options.tau)
         else:
             unused = unused + outputs
     loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -570,19 +565,15 @@ def _comparable(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
     return [output.shape for output in compared] == [output.shape for output in wanted]
 
 
-def _output_loss(outputs: list[Tensor], wanted: list[Tensor], options: TrainingOptions) -> Tensor:
-    """Softened logits for a classifier, else the squared error relative to the teacher's energy; of logits about
-    their mean, which no answer depends on."""
+def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Tensor:
+    """Softened logits for a classifier, else the squared error relative to the teacher's energy."""
     if is_classifier(wanted):
         if not _comparable(outputs, wanted):
             raise InputError(
                 f"the teacher gives {wanted[0].shape[1]} class scores and the student tensors of shape "
                 f"{tuple(outputs[0].shape)}; give a teacher of the same classes, or use its hints alone (--alpha 0)"
             )
-        if options.output_loss == "kl":
-            return distillation(outputs[0], wanted[0], options.tau)
-        mine, theirs = (each.float() - each.float().mean(1, keepdim=True) for each in (outputs[0], wanted[0]))
-        return (mine - theirs).square().sum() / theirs.square().sum().clamp_min(1e-12)
+        return distillation(outputs[0], wanted[0], tau)
     if not _comparable(outputs, wanted):
         raise InputError(
             f"the network gives {len(outputs)} outputs while it trains and the teacher {len(wanted)}, or they differ "
