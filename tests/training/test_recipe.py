@@ -8,14 +8,14 @@ from dk2pnet.training.recipe import Recipe, choose, steps_beside_trials, trial_s
 
 
 def searched(best, first=None):
-    """What is chosen where the distance is that of the rate's logarithm from `best`, and plain form costs 1."""
+    """What is chosen where the distance is that of the rate's logarithm from `best`, and frozen batch norm costs 1."""
     tried = []
 
     def trial(recipe):
         tried.append(recipe)
-        return abs(math.log(recipe.rate / best)) + (not recipe.whitened)
+        return abs(math.log(recipe.rate / best)) + (recipe.batch_norm == "frozen")
 
-    found, notes = choose(first or [Recipe(1e-2, "training", True), Recipe(1e-2, "frozen", False)], trial)
+    found, notes = choose(first or [Recipe(1e-2, "training"), Recipe(1e-2, "frozen")], trial)
     assert [note["rate"] for note in notes] == [recipe.rate for recipe in tried]
     return found, tried
 
@@ -26,17 +26,17 @@ def searched(best, first=None):
 def test_the_rate_is_raised_while_that_helps_and_lowered_if_it_did_not(best, found, trials):
     recipe, tried = searched(best)
     assert recipe.rate == pytest.approx(found)
-    assert recipe.whitened
+    assert recipe.batch_norm == "training"
     assert len(tried) == trials
 
 
 def test_the_best_of_the_first_goes_on():
-    recipe, _ = searched(1e-2, [Recipe(1e-2, "frozen", False), Recipe(2e-2, "frozen", True)])
-    assert recipe.whitened
+    recipe, _ = searched(1e-2, [Recipe(1e-2, "frozen"), Recipe(2e-2, "training")])
+    assert recipe.batch_norm == "training"
 
 
 def test_what_is_not_finite_is_never_chosen():
-    recipes = [Recipe(1.0, "training", True), Recipe(1e-3, "frozen", True)]
+    recipes = [Recipe(1.0, "training"), Recipe(1e-3, "frozen")]
     found, _ = choose(recipes, lambda recipe: math.inf if recipe.rate > 2e-3 else 1.0)
     assert found == recipes[1]
 

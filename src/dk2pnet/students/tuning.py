@@ -126,8 +126,8 @@ class Tuner:
         times: list[float] = []
         loud, self.run = self.run, replace(self.run, progress=lambda *_: times.append(time.perf_counter()))
         try:
-            recipe = self._recipes(solved)[0]
-            self._train(self.learner.student(solved.student), solved, _WARM + _TIMED, None, recipe)
+            any_recipe = Recipe(self.options.learning_rate, self.options.batch_norm)
+            self._train(self.learner.student(solved.student), solved, _WARM + _TIMED, None, any_recipe)
         except NotFinite:
             return 1  # which meets it again, and gives up
         finally:
@@ -151,10 +151,9 @@ class Tuner:
 
     def _recipes(self, solved: Solved) -> list[Recipe]:
         if not self.chooses:
-            return [Recipe(self.options.learning_rate, self.options.batch_norm, self.whitened)]
+            return [Recipe(self.options.learning_rate, self.options.batch_norm)]
         start = solved.student.predict(self.samples.held_out, self.run)
-        found = self.learner.recipes(self.held, start, self.options)
-        return [replace(recipe, whitened=recipe.whitened and self.whitened) for recipe in found]
+        return self.learner.recipes(self.held, start, self.options)
 
     def _recipe(self, solved: Solved, steps: int, folder: Path | None) -> tuple[Recipe, Mapping[str, Tensor] | None]:
         """The one that leads closest to the teacher in a few steps, and the weights there, if those are closer than the
@@ -235,7 +234,7 @@ class Tuner:
                 self.run,
                 example=learner.example,
                 teacher=learner.teacher,
-                whitenings=whitenings if recipe.whitened else None,
+                whitenings=whitenings if self.whitened else None,
                 what=what,
                 folder=folder,
                 watch=watch,

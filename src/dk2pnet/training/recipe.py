@@ -19,15 +19,13 @@ _WORTH = 151  # steps; in shorter runs trials would take as long as they
 
 @dataclass(frozen=True)
 class Recipe:
-    """The learning rate; batch norm ``training`` or ``frozen``; whether DK layers are trained in the whitened form."""
+    """The learning rate, and batch norm ``training`` or ``frozen``."""
 
     rate: float
     batch_norm: str
-    whitened: bool
 
     def __str__(self) -> str:
-        form = "whitened" if self.whitened else "plain"
-        return f"rate {self.rate:.2g}, batch norm {self.batch_norm}, {form} form"
+        return f"rate {self.rate:.2g}, batch norm {self.batch_norm}"
 
 
 def trial_steps(steps: int) -> int:

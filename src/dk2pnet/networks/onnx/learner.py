@@ -88,7 +88,7 @@ class OnnxLearner:
 
     def recipes(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> list[Recipe]:
         """At a rate by the relative error of the outputs."""
-        return [Recipe(rate_for(mean_error(teacher, start)), "frozen", True)]
+        return [Recipe(rate_for(mean_error(teacher, start)), "frozen")]
 
     def moments(self, samples: Samples, memory: int, run: Run) -> Iterator[dict[str, Moments]]:
         """With gradients, of a classifier."""

@@ -375,7 +375,7 @@ class TorchLearner:
         """
         usual = options.learning_rate
         rate = _FAR_RATE if squared_error(teacher, start) > _FAR else usual
-        trained, frozen = [Recipe(rate, "training", True)], [Recipe(usual * _FROZEN_SHARE, "frozen", True)]
+        trained, frozen = [Recipe(rate, "training")], [Recipe(usual * _FROZEN_SHARE, "frozen")]
         if not has_batch_norm(self.teacher):
             return trained
         if options.batch_norm == "frozen" or statistics_are_folded(self.teacher):
