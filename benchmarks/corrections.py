@@ -89,7 +89,9 @@ def main() -> None:
             means = {k: moments[k].mean()[0] for k in counts} if centred else None
             return with_layers(teacher, factors, means)
 
-        def rebuilt(known: int, counts: dict = counts) -> nn.Module:
+        factors = dict(zip(counts, solve_many(problems()), strict=True))
+
+        def rebuilt(known: int, factors: dict = factors) -> nn.Module:
             """The first so many of batch norm, sum and ReLU are known."""
 
             def part(*args: Any) -> dict[str, Surroundings]:
@@ -102,7 +104,7 @@ def main() -> None:
 
             student = copy_model(teacher)
             with patch("dk2pnet.networks.torch.reconstruct.surroundings_of", part):
-                reconstruct(teacher, student, sites, counts, gather_batches, images=len(gather))
+                reconstruct(teacher, student, sites, factors, gather_batches, images=len(gather))
             return student.eval()
 
         add(budget, "per-channel SVD in the metric", lambda solved=solved: solved(0))

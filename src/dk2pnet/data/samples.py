@@ -250,16 +250,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Every:
-    """Every `step`-th image of some batches, or (not `chosen`) all the others."""
+    """Every `step`-th image of some batches, from number `offset` on, or (not `chosen`) all the others."""
 
     batches: Batches
     step: int
     chosen: bool
+    offset: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
         first = 0
         for x, y in self.batches:
-            rows = [row for row in range(len(x)) if ((first + row) % self.step == 0) == self.chosen]
+            rows = [row for row in range(len(x)) if ((first + row) % self.step == self.offset) == self.chosen]
             first += len(x)
             if rows:
                 yield cut(x, y, rows)

@@ -21,7 +21,8 @@ def _ample(request, monkeypatch):
         monkeypatch.setattr(module_of_it, "_AMPLE", 0)
 
 
-LITTLE = 1000  # bytes: all images at once never fit
+RIDGES = module_of_it._RIDGES
+LITTLE = 1000  # bytes: as few images and positions as there may be
 
 
 def network(seed=0, depth=4, width=8, groups=1, stride=1, bias=True, activation=nn.ReLU):
@@ -47,23 +48,28 @@ def images(count=48, batch=12, seed=1):
 def prepare(teacher, kernels):
     """The dense student with its first, data-free, folded weights, and what `reconstruct` asks for."""
     sites = find_convolutions(teacher, torch.zeros(1, 3, 8, 8))
-    counts = {s.name: torch.full((s.module.in_channels,), kernels) for s in sites if not s.reason}
     student = copy_model(teacher)
-    modules = dict(student.named_modules())
-    for name, count in counts.items():
-        conv = modules[name]
-        factors = solve_many([Problem(conv.weight, count, None, None, conv.groups)])[0]
+    return student, sites, given(student, [site.name for site in sites if not site.reason], kernels)
+
+
+def given(student, names, kernels):
+    """Data-free factors, which the student gets as folded weights."""
+    found = {}
+    for name in names:
+        conv = student.get_submodule(name)
+        count = torch.full((conv.in_channels,), kernels)
+        found[name] = solve_many([Problem(conv.weight, count, None, None, conv.groups)])[0]
         with torch.no_grad():
-            conv.weight.copy_(DKConv2d.from_factors(conv, factors).fold())
-    return student, sites, counts
+            conv.weight.copy_(DKConv2d.from_factors(conv, found[name]).fold())
+    return found
 
 
 def run(teacher, kernels, batches=None, **options):
     batches = images() if batches is None else batches
-    student, sites, counts = prepare(teacher, kernels)
+    student, sites, factors = prepare(teacher, kernels)
     before = output_error(teacher, student, batches)
     count = sum(len(x) for x, _ in batches)
-    found = reconstruct(teacher, student, sites, counts, batches, images=count, **options)
+    found = reconstruct(teacher, student, sites, factors, batches, images=count, **options)
     return found, student, before
 
 
@@ -83,23 +89,31 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
+class Counted(list):
+    """Batches that count how often they are gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
 @pytest.mark.parametrize("shape", CASES)
-def test_one_pass_and_a_pass_per_layer_give_the_same(shape, double):
-    """`memory` too small for all images makes `reconstruct` take a pass for every layer, with 4 positions of each."""
-    passes = []
-
-    class Counted(list):
-        def __iter__(self):
-            passes.append(1)
-            return super().__iter__()
-
+def test_one_pass_and_a_pass_per_layer_give_the_same(shape, double, monkeypatch):
+    """A network that cannot be traced has a pass for every layer. Behind a leaky ReLU no surroundings matter."""
     results = []
-    for memory in (2 * 2**30, LITTLE):
-        passes.clear()
-        found, student, _ = run(network(**shape), 2, Counted(images()), memory=memory, positions=4)
-        results.append((found, student, len(passes)))
+    for traceable in (True, False):
+        if not traceable:
+            monkeypatch.setattr(module_of_it, "traced", lambda *_: None)
+        batches = Counted(images())
+        teacher = network(activation=nn.LeakyReLU, **shape)
+        student, sites, factors = prepare(teacher, 2)
+        found = reconstruct(teacher, student, sites, factors, batches, images=48, positions=4)
+        results.append((found, student, batches.passes))
     (one, first, few), (many, second, more) = results
-    assert more > few
+    assert few == 2  # one of them for the first batch alone
+    assert more == 1 + 3
     assert list(one) == list(many) == ["2", "4", "6"]
     for name in one:
         assert torch.equal(one[name].source, many[name].source)
@@ -107,6 +121,44 @@ def test_one_pass_and_a_pass_per_layer_give_the_same(shape, double):
         torch.testing.assert_close(one[name].combination, many[name].combination, rtol=1e-6, atol=1e-8)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+class Shrinking(nn.Module):
+    """Every convolution's maps take a quarter of the memory of those before."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(a, 8, 3, 2, 1) for a in (3, 8, 8))
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = torch.relu(conv(x))
+        return x.flatten(1)
+
+
+def test_as_many_images_are_on_the_way_as_find_room_and_no_image_twice(monkeypatch):
+    """64 images of 16 x 16: in front of the last layer a map has 8 x 4 x 4 numbers, before the second one four times as
+    many; both networks have one."""
+    there = {}
+    real = module_of_it._Walks.samples
+
+    def seen(self, name, *args):
+        there[name] = sorted(float(v) for p in self.under_way for v in p.student.waiting.flatten(1).double().sum(1))
+        return real(self, name, *args)
+
+    monkeypatch.setattr(module_of_it._Walks, "samples", seen)
+    teacher = Shrinking().eval()
+    batches = [(x, None) for x in torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)).split(10)]
+    sites = find_convolutions(teacher, batches[0][0][:1])
+    student = copy_model(teacher)
+    factors = given(student, ["convs.1", "convs.2"], 9)  # all kernels: the maps are those of the teacher
+    reconstruct(teacher, student, sites, factors, batches, images=64, memory=2 * 20 * 2 * 4 * 8 * 64)
+    assert len(there["convs.1"]) == 16  # 20 find room, and 16 are evenly spread
+    x = torch.cat([x for x, _ in batches])
+    with torch.no_grad():
+        wanted = sorted(teacher.convs[1](teacher.convs[0](x).relu()).relu().flatten(1).double().sum(1).tolist())
+    assert there["convs.2"] == pytest.approx(wanted, rel=1e-3)  # all 64
 
 
 @pytest.mark.parametrize("batch", [5, 16, 48])
@@ -181,17 +233,17 @@ def test_everything_else_is_left_as_it_was(memory):
     before = copy.deepcopy(teacher.state_dict())
     modes = [module.training for module in teacher.modules()]
     flags = [parameter.requires_grad for parameter in teacher.parameters()]
-    student, sites, counts = prepare(teacher, 2)
+    student, sites, factors = prepare(teacher, 2)
     calls = []
     options = {"images": 48, "memory": memory, "progress": calls.append}
-    reconstruct(teacher, student, sites, counts, images(), **options)
+    reconstruct(teacher, student, sites, factors, images(), **options)
     assert calls == [1, 2, 3]
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     for model in (teacher, student):
         assert [module.training for module in model.modules()] == modes
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    moved = {f"{name}.{what}" for name in counts for what in ("weight", "bias")}
+    moved = {f"{name}.{what}" for name in factors for what in ("weight", "bias")}
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name]) != (name in moved)
 
@@ -199,14 +251,14 @@ def test_everything_else_is_left_as_it_was(memory):
 @pytest.mark.parametrize("memory", [2 * 2**30, LITTLE])
 def test_an_error_on_the_way_leaves_no_hooks(memory):
     teacher = network()
-    student, sites, counts = prepare(teacher, 2)
+    student, sites, factors = prepare(teacher, 2)
 
     def fail(done):
         raise KeyboardInterrupt
 
     options = {"images": 48, "memory": memory, "progress": fail}
     with pytest.raises(KeyboardInterrupt):
-        reconstruct(teacher, student, sites, counts, images(), **options)
+        reconstruct(teacher, student, sites, factors, images(), **options)
     for model in (teacher, student):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert all(parameter.requires_grad for parameter in model.parameters())
@@ -291,11 +343,11 @@ def test_knowing_the_surroundings_brings_unseen_outputs_closer():
 def test_a_sum_makes_up_for_its_other_side(memory):
     """The shortcut of the student is spoilt by a constant map; the convolution before the sum takes it away."""
     teacher = Residual(blocks=1)
-    student, sites, counts = prepare(teacher, 9)
+    student, sites, factors = prepare(teacher, 9)
     with torch.no_grad():
         student.sides[0].bias += 0.5
     spoilt = output_error(teacher, student, images())
-    reconstruct(teacher, student, sites, {"convs.1": counts["convs.1"]}, images(), images=48, memory=memory)
+    reconstruct(teacher, student, sites, {"convs.1": factors["convs.1"]}, images(), images=48, memory=memory)
     assert output_error(teacher, student, images()) < 1e-6 * spoilt
 
 
@@ -313,7 +365,7 @@ def test_where_the_relu_is_silent_any_silent_response_will_do():
         with torch.no_grad():
             teacher[0].bias -= 0.5  # silent more often than not
         student, sites = copy_model(teacher), find_convolutions(teacher, torch.zeros(1, 3, 8, 8), first=True)
-        reconstruct(teacher, student, sites, {"0": torch.ones(3, dtype=torch.int64)}, images(), images=48, positions=64)
+        reconstruct(teacher, student, sites, given(student, ["0"], 1), images(), images=48, positions=64)
         with torch.no_grad():
             errors.append(sum(float((teacher[:2](x) - student[:2](x)).square().sum()) for x, _ in images()))
     assert errors[0] < 0.95 * errors[1]
@@ -336,8 +388,8 @@ def test_a_parameter_in_the_sum_is_not_overlooked(memory):
     for shape in ((8, 1, 1), (1, 8, 1, 1)):
         teacher = Added(*shape).eval()
         student, sites = copy_model(teacher), find_convolutions(teacher, torch.zeros(1, 3, 8, 8), first=True)
-        counts = {"conv": torch.ones(3, dtype=torch.int64)}
-        reconstruct(teacher, student, sites, counts, images(), images=48, positions=64, memory=memory)
+        factors = given(student, ["conv"], 1)
+        reconstruct(teacher, student, sites, factors, images(), images=48, positions=64, memory=memory)
         found.append(student.conv.weight)
     torch.testing.assert_close(found[0], found[1])
 
@@ -360,9 +412,9 @@ def test_images_folded_into_the_batch_are_paired_with_themselves():
     for batch in (48, 12):
         batches = [(part, None) for part in x.split(batch)]
         sites = find_convolutions(teacher, x[:1])
-        counts = {s.name: torch.full((s.module.in_channels,), 2) for s in sites if not s.reason}
         student = copy_model(teacher)
-        reconstruct(teacher, student, sites, counts, batches, images=48, positions=1000)
+        factors = given(student, [site.name for site in sites if not site.reason], 2)
+        reconstruct(teacher, student, sites, factors, batches, images=48, positions=1000)
         weights.append(student.body[2].weight)
     assert not torch.equal(weights[0], teacher.body[2].weight)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
@@ -391,8 +443,7 @@ def test_inputs_far_from_zero_are_solved_as_well_as_those_about_it():
         sites = find_convolutions(teacher, torch.zeros(1, 3, 8, 8), first=True)
         student = copy_model(teacher)
         batches = [(x + offset, None) for x, _ in images()]
-        counts = {"0": torch.full((3,), 2)}
-        reconstruct(teacher, student, sites, counts, batches, images=48, positions=1000)
+        reconstruct(teacher, student, sites, given(student, ["0"], 2), batches, images=48, positions=1000)
         errors.append(output_error(teacher, student, batches))
     assert errors[0] > 0
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
@@ -411,10 +462,10 @@ def far(teacher, student, batches):
 @pytest.mark.chooses
 @pytest.mark.parametrize("memory", [2**31, LITTLE])
 def test_with_fewer_samples_than_unknowns_new_images_are_answered_no_worse(memory):
-    """72 unknowns an output and 12 images of noise with four positions each: solved freely it fits noise."""
+    """72 unknowns an output and 12 images of noise, of which little memory takes four positions each."""
     teacher, few, new = network(), images(12), images(96, seed=5)
     plain, _, _ = prepare(teacher, 2)
-    _, student, _ = run(teacher, 2, few, positions=4, memory=memory)
+    _, student, _ = run(teacher, 2, few, memory=memory)
     assert far(teacher, student, new) < 1.05 * far(teacher, plain, new)
 
 
@@ -423,22 +474,57 @@ def test_solved_freely_these_fit_noise(monkeypatch):
     monkeypatch.setattr(module_of_it, "_AMPLE", 0)
     teacher, few, new = network(), images(12), images(96, seed=5)
     plain, _, _ = prepare(teacher, 2)
-    _, student, _ = run(teacher, 2, few, positions=4)
+    _, student, _ = run(teacher, 2, few, memory=LITTLE)
     assert far(teacher, student, new) > 1.05 * far(teacher, plain, new)
 
 
 @pytest.mark.chooses
-def test_with_samples_enough_nothing_is_chosen_and_all_layers_are_solved(monkeypatch):
-    monkeypatch.setattr(module_of_it._Layer, "_ridge", lambda *_: pytest.fail("asked"))
+def test_with_samples_enough_kernels_are_solved_too(monkeypatch):
+    """96 images have 64 positions each, and 36 unknowns ask for 720 samples."""
+    monkeypatch.setattr(module_of_it._Combination, "solve", lambda *_: pytest.fail("asked"))
     found, _, _ = run(network(width=4), 2, images(96))
     assert list(found) == ["2", "4", "6"]
+
+
+@pytest.mark.chooses
+@pytest.mark.parametrize("groups", [1, 2])
+def test_with_few_samples_the_kernels_stay_and_the_combination_is_solved(groups):
+    """Against the definition: a ridge regression about the present combination, from what the student's kernels make of
+    its own inputs to the teacher's outputs. Behind a leaky ReLU all responses matter."""
+    teacher, batches = network(depth=2, width=8, groups=groups, activation=nn.LeakyReLU), images(40, 8)
+    student, sites, factors = prepare(teacher, 2)
+    before = factors["2"]
+    # 8 * 8 positions of so few images: fewer than 20 for every unknown of 72, or 36 in a group
+    few = batches[: 2 if groups == 1 else 1]
+    found = reconstruct(teacher, student, sites, factors, few, images=sum(len(x) for x, _ in few), positions=64)["2"]
+    assert torch.equal(found.kernels, before.kernels)
+    assert torch.equal(found.source, before.source)
+    x = torch.cat([x for x, _ in few])
+    with torch.no_grad():
+        inputs = teacher[:2](x)
+        y = nn.functional.conv2d(inputs, teacher[2].weight, None, 1, 1, 1, groups)
+        layer = DKConv2d.from_factors(teacher[2], before, "concat")
+        features = nn.functional.conv2d(inputs[:, layer.source], layer.kernels, None, 1, 1, 1, len(layer.kernels))
+        features = features[:, layer._group_order]
+    wanted = []
+    rows = {name: t.transpose(0, 1).flatten(1).T.double() for name, t in (("y", y), ("features", features))}
+    for g, (ys, fs) in enumerate(zip(rows["y"].chunk(groups, 1), rows["features"].chunk(groups, 1), strict=True)):
+        u, v = fs - fs.mean(0), ys - ys.mean(0)
+        moments = u.T @ u / len(u)
+        pull = torch.diag(moments.diagonal())
+        now = before.combination.flatten(1).chunk(groups)[g]
+        of_ridge = [torch.linalg.solve(moments + r * pull, u.T @ v / len(u) + r * pull @ now.T).T for r in RIDGES]
+        wanted.append(torch.stack(of_ridge))
+    wanted = torch.cat(wanted, 1)
+    distances = (found.combination.flatten(1) - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    assert float(distances.min()) < 1e-4
 
 
 @pytest.mark.chooses
 def test_where_the_first_layers_gain_nothing_it_stops(monkeypatch):
     monkeypatch.setattr(module_of_it, "_FIRST", 2)
     asked = []
-    monkeypatch.setattr(module_of_it._Layer, "_ridge", lambda self, *_: asked.append(1))
+    monkeypatch.setattr(module_of_it._Combination, "_ridge", lambda self, *_: asked.append(1))
     found, _, _ = run(network(), 2, images(12), positions=4)
     assert found == {}
     assert len(asked) == 2

@@ -50,8 +50,6 @@ from dk2pnet.training.trainer import TUNING, TrainingOptions
 
 __all__ = ["TorchNetwork"]
 
-# Where not all images fit into memory at once, the layer-by-layer reconstruction makes do with so many of them.
-_RECONSTRUCTION_IMAGES = 256
 # Images that batch norms are compared on with the teacher's: more change nothing.
 _NORM_IMAGES = 512
 # A start whose outputs are off by more than this (relative squared error) has a longer way to go, in larger steps.
@@ -272,18 +270,13 @@ class TorchNetwork:
                 assert isinstance(conv, nn.Conv2d)
                 assert isinstance(layer, DKConv2d)
                 conv.weight.copy_(layer.fold())
-        images, batches = samples.counts["calibration"], samples.gather
-        activation = max(site.activation for site in sites)
-        if 4 * 3 * activation * images > memory / 2 and images > _RECONSTRUCTION_IMAGES:
-            batches = spread(samples, _RECONSTRUCTION_IMAGES)
-            images = sum(len(x) for x, _ in batches)
         found = reconstruct(
             self.model,
             dense,
             sites,
-            counts,
-            batches,
-            images=images,
+            solution.factors,
+            samples.gather,
+            images=samples.counts["calibration"],
             memory=memory,
             seed=run.seed,
             device=self.device,

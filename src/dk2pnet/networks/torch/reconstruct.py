@@ -13,18 +13,20 @@ the ReLU leaves free chosen anew after every solution.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dk2pnet.data.samples import Every
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import inference_of
 from dk2pnet.networks.network import Site
 from dk2pnet.networks.patches import input_patches, sampled_outputs
-from dk2pnet.networks.torch.surroundings import Surroundings, Walk, surroundings_of, traced
+from dk2pnet.networks.torch.surroundings import Surroundings, Walk, calls_once, surroundings_of, traced
 
 __all__ = ["reconstruct"]
 
@@ -35,9 +37,12 @@ _LEAST_GAIN = 1e-2
 # Inputs whose squared mean is so many times their variance are summed in float64: in float32 their variance is lost.
 _FAR = 1e2
 _PIECE = 2**24  # numbers of patches that are multiplied at once
-# Ridges about the present weight, as shares of the inputs' energy; and every which image chooses among them.
-_RIDGES, _HELD = (1e-3, 0.1), 5
+# Ridges about the present combination, as shares of the features' energy; and every which image chooses among them.
+_RIDGES, _HELD = (0.01, 0.1), 5
 _AMPLE = 20  # samples for every unknown, from which on nothing has to be chosen
+_COPIES = 6  # that are held of a layer's responses, in float64
+_FEWEST, _UNTRACED = 16, 256  # images: on the way at least; of networks that are no graph, at most
+_FEWEST_POSITIONS = 4
 _FIRST = 4  # layers: where none of them gains, none is solved
 
 
@@ -53,7 +58,7 @@ def reconstruct(
     teacher: nn.Module,
     student: nn.Module,
     sites: Sequence[Site],
-    counts: Mapping[str, Tensor],
+    factors: Mapping[str, Factors],
     batches: Iterable[tuple[Tensor, Tensor | None]],
     *,
     images: int,
@@ -64,49 +69,51 @@ def reconstruct(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Factors]:
-    """Solve the layers of `counts` one after the other; returns the factors of those that gained by it.
+    """Solve the layers of `factors` one after the other; returns the factors of those that gained by it.
+
+    A layer for which there are samples enough is solved anew, kernels and combination. A wide one at a large image has
+    as many unknowns as some hundred images have samples: there the kernels stay, and the combination is solved.
 
     Parameters
     ----------
     teacher, student : the dense network, and a dense copy of it that is changed layer after layer into the (folded)
-        student, biases and running means of batch norms included; it must already carry the folded weights of layers
-        that are replaced but not solved here
+        student, biases and running means of batch norms included; it must already carry the folded weights of `factors`
+        and of layers that are replaced but not solved here
     sites : the convolutions of the teacher in the order of execution
-    counts : by name, kernels per input channel ``(C,)``
+    factors : by name, as solved before
     batches, images : re-iterable calibration batches, and how many images they hold
-    memory : bytes for activations and the teacher's outputs. Where all images fit (and are of one size, and are not
-        folded into the batch in pieces), one forward pass of them all is enough, in which each layer is replaced just
-        before it runs; else there is a pass, cut short, for every layer
+    memory : bytes, half of them for maps on their way through the networks, which decides how many of the images a
+        layer is solved with, half for its samples
+    positions : of an image that samples are taken at, of every layer; more, as far as `memory` goes, where that makes
+        samples enough
     progress : called with the number of layers done
     """
-    order = [site for site in sites if site.name in counts and site.calls == 1]
+    order = [site for site in sites if site.name in factors and site.calls == 1]
     if not order:
         return {}
     names = [site.name for site in order]
-    outputs = sum(site.conv.out_channels for site in order)
-    inputs = max(site.conv.weight[0].numel() * site.conv.groups for site in order)
-    # The teacher's outputs and the other sides of sums, at most; and the patches of one layer.
-    most = int(memory / 4 / max(4 * images * max(2 * outputs, inputs), 1))
-    positions = max(min(positions, most), 4)
-    activation = max((site.activation for site in sites), default=0)
-    at_once = 4 * 3 * activation * images <= memory / 2
     modules = dict(student.named_modules())
     results: dict[str, Factors] = {}
     done: list[bool] = []  # whether each of the layers so far was solved anew
 
-    def solve(name: str, samples: _Samples, wanted: tuple[Tensor, Tensor | None], other: Tensor | None) -> None:
-        conv = modules[name]
+    def solve(site: Site, way: _Walks | _Passes) -> None:
+        conv, name = modules[site.name], site.name
         assert isinstance(conv, nn.Conv2d)
         near = around.get(name, Surroundings())
         norm = modules[near.norm] if near.norm is not None else None
         assert norm is None or isinstance(norm, _BatchNorm)
-        layer = _Layer(conv, norm, near.rectified, samples, *wanted, other)
-        factors, shift = layer.solve(counts[name], damping, images)
-        done.append(factors is not None)
+        count = way.reach(name)
+        ample, per_image = _room(site, factors[name].combination.shape[1], count, positions, memory)
+        samples = _Samples(None if ample else factors[name])
+        wanted, theirs, mine = way.samples(name, samples, per_image)
+        kind = _Layer if ample else _Combination
+        layer = kind(conv, factors[name], norm, near.rectified, samples, wanted, theirs, mine)
+        found, shift = layer.solve(damping, count)
+        done.append(found is not None)
         with torch.no_grad():
-            if factors is not None:
-                results[name] = factors
-                conv.weight.copy_(DKConv2d.from_factors(conv, factors).fold())
+            if found is not None:
+                results[name] = found
+                conv.weight.copy_(DKConv2d.from_factors(conv, found).fold())
             if norm is not None:
                 assert norm.running_mean is not None
                 norm.running_mean -= shift.to(norm.running_mean)
@@ -121,73 +128,197 @@ def reconstruct(
         first = next(iter(batches))[0][:2].to(device)
         graph = traced(teacher, first)
         around = surroundings_of(teacher, graph, names) if graph is not None else {}
-        run = _Runner(student, graph, {name: near.other for name, near in around.items()})
-        of_teacher = _Runner(teacher, graph, run.others)
-        targets, alike = _teacher_outputs(of_teacher, order, batches, positions, seed, device)
-        if at_once and alike:
-            handles = []
-            for site in order:
-
-                def replace_first(module: nn.Conv2d, args: tuple[Tensor, ...], name: str = site.name) -> None:
-                    samples = _Samples()
-                    other = run.other(name, 0, positions, seed)
-                    samples.add(module, args[0], 0, positions, seed)
-                    solve(name, samples, targets.pop(name), other)
-
-                handles.append(modules[site.name].register_forward_pre_hook(replace_first))
-            try:
-                run(torch.cat([x for x, _ in batches]).to(device))
-            finally:
-                for handle in handles:
-                    handle.remove()
+        way: _Walks | _Passes
+        if graph is None or not calls_once(teacher, graph, names):
+            around = {}
+            way = _Passes(teacher, student, batches, images, seed, device)
         else:
-            for name in names:
-                found = _gather_until(run, name, modules[name], batches, positions, seed, device)
-                solve(name, found[0], targets.pop(name), found[1])
+            others = {name: near.other for name, near in around.items()}
+            way = _Walks(teacher, student, graph, others, batches, images, memory, seed, device)
+            way.measure(first, names)
+        for site in order:
+            solve(site, way)
     return results
 
 
-class _Runner:
-    """Runs a model, as a graph where it has one: then the other side of a sum can be had before its turn."""
+def _room(site: Site, features: int, images: int, positions: int, memory: int) -> tuple[bool, int]:
+    """Whether so many images have samples enough to solve a layer anew, and at how many positions of each."""
+    conv = site.conv
+    inputs = conv.weight[0].numel()
+    size = 4 * inputs * conv.groups + _COPIES * 8 * conv.out_channels  # bytes of a sample
+    most = min(max(int(memory / 2 / size / images), _FEWEST_POSITIONS), site.positions)
+    enough, of_combination = (-(-_AMPLE * unknowns // images) for unknowns in (inputs, features))
+    if enough <= most:
+        return True, min(max(positions, enough), most)
+    return False, min(max(positions, of_combination), most)
+
+
+class _Passage:
+    """A batch on its way through both networks."""
+
+    def __init__(self, teacher: Walk, student: Walk, x: Tensor, first: int) -> None:
+        self.teacher, self.student, self.first, self.images = teacher, student, first, len(x)
+        for walk in (teacher, student):
+            walk.start(x)
+
+    def reach(self, name: str) -> None:
+        for walk in (self.teacher, self.student):
+            walk.until(name)
+
+    @property
+    def bytes(self) -> int:
+        """Of the maps that are kept while it stands still."""
+        maps = [m for walk in (self.teacher, self.student) for m in walk.env.values() if isinstance(m, Tensor)]
+        return sum({m.untyped_storage().data_ptr(): m.untyped_storage().nbytes() for m in maps}.values())
+
+
+class _Walks:
+    """The images on their way through both networks as graphs, one pass of each for all layers.
+
+    They go from layer to layer, and wait there until it is solved. Where maps are large only some of the images, evenly
+    spread, are on the way; others set out once all find room.
+    """
 
     def __init__(
-        self, model: nn.Module, graph: torch.fx.Graph | None, others: Mapping[str, torch.fx.Node | None]
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        graph: torch.fx.Graph,
+        others: Mapping[str, torch.fx.Node | None],
+        batches: Iterable[tuple[Tensor, Tensor | None]],
+        images: int,
+        memory: int,
+        seed: int,
+        device: torch.device | str,
     ) -> None:
-        self.model, self.graph, self.others = model, graph, others
-        self.walk: Walk | None = None
+        self.models, self.graph, self.others = (teacher, student), graph, others
+        self.batches, self.images, self.memory, self.seed, self.device = batches, images, memory, seed, device
+        self.under_way: list[_Passage] = []
+        self.room: dict[str, int] = {}
+        self.parts: list[tuple[int, int, int]] = []  # offset and step of images that have not set out, and their number
 
-    def __call__(self, x: Tensor) -> None:
-        if self.graph is None:
-            self.model(x)
-            return
-        self.walk = Walk(self.model, self.graph)
-        try:
-            self.walk.run(x)
-        finally:
-            self.walk = None
+    def _passage(self, x: Tensor, first: int) -> _Passage:
+        teacher, student = (Walk(model, self.graph) for model in self.models)
+        return _Passage(teacher, student, x.to(self.device), first)
 
-    def other(self, name: str, first: int, positions: int, seed: int) -> Tensor | None:
-        """What is added to the response of a convolution that is about to run, sampled as its outputs are, (n, N)."""
+    def measure(self, x: Tensor, names: Sequence[str]) -> None:
+        """How many images find room in front of each of the layers, by a few of them."""
+        few = self._passage(x, 0)
+        for name in names:
+            few.reach(name)
+            self.room[name] = int(self.memory / 2 / max(few.bytes / len(x), 1))
+        # Every image with an index of 0 modulo the step sets out first, then those in the middle between two of them.
+        step = 1
+        while self.images // step > self.room[names[0]] and self.images // step >= 2 * _FEWEST:
+            step *= 2
+        self.parts = [(0, step, -(-self.images // step))]
+        while step > 1:
+            self.parts.append((step // 2, step, self.images // step))
+            step //= 2
+
+    def reach(self, name: str) -> int:
+        """Let them go on to a layer; returns how many images are there."""
+        for passage in self.under_way:
+            passage.reach(name)
+        while self.parts and (not self.under_way or self._count() + self.parts[0][2] <= self.room[name]):
+            offset, step, _ = self.parts.pop(0)
+            for x, _ in Every(self.batches, step, True, offset):
+                passage = self._passage(x, self._count())
+                passage.reach(name)
+                self.under_way.append(passage)
+        return self._count()
+
+    def _count(self) -> int:
+        return sum(passage.images for passage in self.under_way)
+
+    def samples(self, name: str, samples: _Samples, positions: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gather the student's inputs; returns the teacher's outputs without bias, and the other sides of a sum, of
+        teacher and student, all ``(n, N)``."""
+        teacher, student = (model.get_submodule(name) for model in self.models)
+        assert isinstance(teacher, nn.Conv2d)
+        assert isinstance(student, nn.Conv2d)
+        wanted: list[Tensor] = []
+        others: tuple[list[Tensor], list[Tensor]] = ([], [])
         node = self.others.get(name)
-        if node is None:
-            return None
-        assert self.walk is not None
-        value = self.walk.ahead(node)
-        if not isinstance(value, Tensor) or value.dim() != 4:  # a parameter for every channel: as one of another size
-            return torch.zeros(0)
-        return sampled_outputs(value, first, positions, seed).flatten(0, 1)
+        for passage in self.under_way:
+
+            def sampled(y: Tensor, first: int = passage.first) -> Tensor:
+                return sampled_outputs(y, first, positions, self.seed).flatten(0, 1).cpu()
+
+            wanted.append(sampled(_without_bias(teacher, teacher(passage.teacher.waiting))))
+            samples.add(student, passage.student.waiting, passage.first, positions, self.seed)
+            for walk, found in zip((passage.teacher, passage.student), others, strict=True):
+                if node is not None:
+                    value = walk.ahead(node)
+                    # A parameter for every channel counts as one of another size.
+                    found.append(sampled(value) if isinstance(value, Tensor) and value.dim() == 4 else torch.zeros(0))
+        theirs, mine = (torch.cat(found) if found else None for found in others)
+        return torch.cat(wanted), theirs, mine
+
+
+class _Passes:
+    """The same for networks that are no graph: a pass of both, cut short, for every layer, and of fewer images."""
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        batches: Iterable[tuple[Tensor, Tensor | None]],
+        images: int,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        self.models, self.seed, self.device = (teacher, student), seed, device
+        step = max(1, images // _UNTRACED)
+        self.batches, self.images = Every(batches, step, True), -(-images // step)
+
+    def reach(self, name: str) -> int:
+        """How many images there are."""
+        return self.images
+
+    def samples(self, name: str, samples: _Samples, positions: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `_Walks.samples`; the other side of a sum is not known."""
+        wanted: list[Tensor] = []
+        done = 0
+
+        def of_teacher(module: nn.Conv2d, args: tuple[Tensor, ...], outputs: Tensor) -> None:
+            outputs = _without_bias(module, outputs)
+            wanted.append(sampled_outputs(outputs, done, positions, self.seed).flatten(0, 1).cpu())
+            raise _Stop
+
+        def of_student(module: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
+            samples.add(module, args[0], done, positions, self.seed)
+            raise _Stop
+
+        with ExitStack() as stack:
+            teacher, student = (model.get_submodule(name) for model in self.models)
+            stack.callback(teacher.register_forward_hook(of_teacher).remove)
+            stack.callback(student.register_forward_pre_hook(of_student).remove)
+            for x, _ in self.batches:
+                for model in self.models:
+                    with suppress(_Stop):
+                        model(x.to(self.device))
+                done += len(x)
+        return torch.cat(wanted), None, None
+
+
+def _without_bias(conv: nn.Conv2d, y: Tensor) -> Tensor:
+    return y if conv.bias is None else y - conv.bias.view(-1, 1, 1)
 
 
 class _Samples:
-    """The student's input patches of one layer at the sampled positions, ``(n, G, C q)``."""
+    """The student's input patches of one layer at the sampled positions, ``(n, G, C q)``; with `factors` what their
+    kernels make of them, ``(n, G, R / G)``."""
 
-    def __init__(self) -> None:
+    def __init__(self, factors: Factors | None = None) -> None:
+        self.factors = factors
         self.parts: list[Tensor] = []
         self.precise = False  # whether the pieces are float64
 
     def add(self, conv: nn.Conv2d, x: Tensor, first: int, positions: int, seed: int) -> None:
         """Add images ``first ...`` with inputs ``x (B, C, H, W)``."""
-        self.parts.append(input_patches(conv, x, first, positions, seed))
+        patches = input_patches(conv, x, first, positions, seed)
+        self.parts.append(patches if self.factors is None else _extracted(patches, self.factors))
 
     def pieces(self, rows: Tensor | None = None) -> Iterable[Tensor]:
         """All patches, or those of the `rows` (n,) chosen, ``(G, n, C q)`` a piece."""
@@ -213,6 +344,7 @@ class _Layer:
     def __init__(
         self,
         conv: nn.Conv2d,
+        factors: Factors,
         norm: _BatchNorm | None,
         rectified: bool,
         samples: _Samples,
@@ -220,7 +352,7 @@ class _Layer:
         wanted_other: Tensor | None,
         other: Tensor | None,
     ) -> None:
-        self.conv, self.rectified, self.samples = conv, rectified, samples
+        self.conv, self.factors, self.rectified, self.samples = conv, factors, rectified, samples
         y = wanted.double()
         zeros, ones = y.new_zeros(y.shape[1]), y.new_ones(y.shape[1])
         self.gain, centre = ones, zeros
@@ -245,24 +377,17 @@ class _Layer:
         self.free = (self.gain * (y - centre) + bias + theirs < 0) & self.heard if self.rectified else None
         self.shifted = norm is not None or conv.bias is not None
 
-    def solve(self, counts: Tensor, damping: float, images: int) -> tuple[Factors | None, Tensor]:
-        """The factors, and what is to be added to the responses, ``(N,)``; None where the weight that the layer has is
-        no worse on images put aside.
-
-        A wide layer has as many unknowns as a few hundred images have samples. There every fifth image chooses how much
-        of the present weight is kept: a ridge about it, in units of the inputs' energy.
-        """
-        samples, unknowns = len(self.wanted), self.conv.weight[0].numel()
-        held = torch.arange(samples) // max(1, samples // images) % _HELD == 0
-        ridge: float | None = 0.0
-        if samples < _AMPLE * unknowns and 0 < int(held.sum()) < samples:
-            ridge = self._ridge(counts, damping, held)
+    def solve(self, damping: float, images: int) -> tuple[Factors | None, Tensor]:
+        """The factors, and what is to be added to the responses, ``(N,)``; None where those that the layer has are no
+        worse on images put aside."""
+        ridge = self._ridge(images)
         A, mean = self._moments()
         if ridge is None:
-            return None, self._shift(self._now(), mean, self._cross(self.wanted, mean)[1])
+            now = self._weight(self.factors)
+            return None, self._shift(now, mean, self._cross(self.wanted, mean)[1])
         goal, best = self.wanted, None
         for _ in range(_SOLUTIONS if self.free is not None else 1):
-            factors, shift = self._solved(counts, damping, ridge, A, mean, goal)
+            factors, shift = self._solved(damping, ridge, A, mean, goal)
             if self.free is None:
                 return factors, shift
             responses = self._responses(self._weight(factors)) + shift
@@ -274,35 +399,22 @@ class _Layer:
         assert best is not None
         return best[1], best[2]
 
-    def _ridge(self, counts: Tensor, damping: float, held: Tensor) -> float | None:
-        """The ridge that serves the images put aside best, None where none improves on the present weight."""
-        A, mean = self._moments(~held)
-        centre = self._cross(self.wanted, mean, ~held)[1]
-        best, least = None, self._error(self._now(), self._shift(self._now(), mean, centre), held)
-        for ridge in _RIDGES:
-            factors, shift = self._solved(counts, damping, ridge, A, mean, self.wanted, ~held)
-            error = self._error(self._weight(factors), shift, held)
-            if error < least:
-                best, least = ridge, error
-        return best
+    def _ridge(self, images: int) -> float | None:
+        """With samples enough nothing of the present factors has to be kept."""
+        return 0.0
 
     def _solved(
-        self,
-        counts: Tensor,
-        damping: float,
-        ridge: float,
-        A: Tensor,
-        mean: Tensor,
-        goal: Tensor,
-        rows: Tensor | None = None,
+        self, damping: float, ridge: float, A: Tensor, mean: Tensor, goal: Tensor, rows: Tensor | None = None
     ) -> tuple[Factors, Tensor]:
         target, centre = self._cross(goal, mean, rows)
-        energy = A.diagonal(dim1=1, dim2=2)
-        weights = torch.diag_embed(self.gain.square().view(self.conv.groups, -1))
-        A, target = A + ridge * torch.diag_embed(energy), target + ridge * self._now() * energy.unsqueeze(1)
-        problem = Problem(self.conv.weight, counts, A, weights, self.conv.groups, target=target)
-        factors = solve_many([problem], damping)[0]
+        factors = self._factors(damping, ridge, A, target)
         return factors, self._shift(self._weight(factors), mean, centre)
+
+    def _factors(self, damping: float, ridge: float, A: Tensor, target: Tensor) -> Factors:
+        counts = torch.bincount(self.factors.source, minlength=self.conv.in_channels)
+        weights = torch.diag_embed(self.gain.square().view(self.conv.groups, -1))
+        problem = Problem(self.conv.weight, counts, A, weights, self.conv.groups, target=target)
+        return solve_many([problem], damping)[0]
 
     def _goal(self, responses: Tensor, rows: Tensor | None = None) -> Tensor:
         """What the responses ought to be; where the ReLU is silent, what they are on its side of zero."""
@@ -328,7 +440,7 @@ class _Layer:
         return found, mean
 
     def _sums(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        groups, inputs = self.conv.groups, self.conv.weight[0].numel()
+        groups, inputs = self.samples.parts[0].shape[1:]
         square = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
         total, count = torch.zeros(groups, inputs, dtype=torch.float64), 0
         for patches in self.samples.pieces(rows):
@@ -352,12 +464,8 @@ class _Layer:
         centre = rows.mean(2)
         return cross / max(done, 1) - centre.unsqueeze(2) * mean.unsqueeze(1), centre
 
-    def _now(self) -> Tensor:
-        """The weight that the layer has, ``(G, N, C q)``."""
-        return self.conv.weight.detach().double().cpu().reshape(self.conv.groups, -1, self.conv.weight[0].numel())
-
     def _weight(self, factors: Factors) -> Tensor:
-        """``(G, N, C q)``."""
+        """What multiplies the samples, ``(G, N, C q)``."""
         folded = DKConv2d.from_factors(self.conv, factors).fold().detach().double().cpu()
         return folded.reshape(self.conv.groups, -1, self.conv.weight[0].numel())
 
@@ -372,87 +480,58 @@ class _Layer:
         return torch.cat(parts, 1).transpose(0, 1).flatten(1).double().cpu()
 
 
+class _Combination(_Layer):
+    """The same with the kernels as they are, from what they extract.
+
+    Every fifth image chooses how much of the present combination is kept: a ridge about it, in units of the features'
+    energy.
+    """
+
+    def _ridge(self, images: int) -> float | None:
+        """The one that serves the images put aside best, None where none improves on the present combination."""
+        samples = len(self.wanted)
+        held = torch.arange(samples) // max(1, samples // images) % _HELD == 0
+        if not 0 < int(held.sum()) < samples:
+            return _RIDGES[-1]
+        A, mean = self._moments(~held)
+        now = self._weight(self.factors)
+        shift = self._shift(now, mean, self._cross(self.wanted, mean, ~held)[1])
+        best, least = None, self._error(now, shift, held)
+        goal = self._goal(self._responses(now) + shift)
+        for ridge in _RIDGES:
+            factors, shift = self._solved(0.0, ridge, A, mean, goal, ~held)
+            error = self._error(self._weight(factors), shift, held)
+            if error < least:
+                best, least = ridge, error
+        return best
+
+    def _factors(self, damping: float, ridge: float, A: Tensor, target: Tensor) -> Factors:
+        energy = A.diagonal(dim1=1, dim2=2)
+        energy = torch.where(energy > 0, energy, torch.ones_like(energy))
+        wanted = target + ridge * self._weight(self.factors) * energy.unsqueeze(1)
+        found = torch.linalg.solve(A + ridge * torch.diag_embed(energy), wanted, left=False)
+        return replace(self.factors, combination=found.reshape(self.factors.combination.shape))
+
+    def _weight(self, factors: Factors) -> Tensor:
+        """``(G, N, R / G)``."""
+        return factors.combination.double().cpu().view(self.conv.groups, -1, factors.combination.shape[1])
+
+
+def _extracted(patches: Tensor, factors: Factors) -> Tensor:
+    """Feature extraction of ``patches (n, G, C q)``: ``(n, G, R / G)``, the kernels of a group in their order."""
+    groups, inputs = patches.shape[1:]
+    kernels, source = factors.kernels.flatten(1).to(patches), factors.source.to(patches.device)
+    width = inputs // kernels.shape[1]  # channels of a group
+    order = torch.argsort(source // width, stable=True).view(groups, -1)
+    windows = patches.view(len(patches), groups, width, -1)
+    return torch.stack(
+        [(windows[:, g, source[mine] % width] * kernels[mine]).sum(2) for g, mine in enumerate(order)], 1
+    )
+
+
 def _of(rows: Tensor, chosen: Tensor | None) -> Tensor:
     return rows if chosen is None else rows[chosen]
 
 
 def _or(value: Tensor | None, otherwise: Tensor) -> Tensor:
     return otherwise if value is None else value.double().cpu()
-
-
-def _teacher_outputs(
-    run: _Runner,
-    order: Sequence[Site],
-    batches: Iterable[tuple[Tensor, Tensor | None]],
-    positions: int,
-    seed: int,
-    device: torch.device | str,
-) -> tuple[dict[str, tuple[Tensor, Tensor | None]], bool]:
-    """The teacher's responses at the sampled positions, without bias, and the other side of a sum, both ``(n, N)``.
-
-    And whether all images are alike in size and one row each of every layer's batch: then all of them in one batch lie
-    in the same order as batch by batch.
-    """
-    parts: dict[str, list[Tensor]] = {site.name: [] for site in order}
-    others: dict[str, list[Tensor]] = {site.name: [] for site in order}
-    done = images = 0
-    alike, shapes = True, set()
-    handles = []
-    for site in order:
-
-        def before(module: nn.Module, args: tuple, name: str = site.name) -> None:
-            other = run.other(name, done, positions, seed)
-            if other is not None:
-                others[name].append(other.cpu())
-
-        def see(module: nn.Conv2d, args: tuple, output: Tensor, name: str = site.name) -> None:
-            nonlocal alike
-            alike = alike and len(output) == images
-            if module.bias is not None:
-                output = output - module.bias.view(-1, 1, 1)
-            parts[name].append(sampled_outputs(output, done, positions, seed).flatten(0, 1).cpu())
-
-        handles += [site.module.register_forward_pre_hook(before), site.module.register_forward_hook(see)]
-    try:
-        for x, _ in batches:
-            images = len(x)
-            shapes.add(x.shape[1:])
-            run(x.to(device))
-            done += images
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = {name: (torch.cat(part), torch.cat(others[name]) if others[name] else None) for name, part in parts.items()}
-    return found, alike and len(shapes) == 1
-
-
-def _gather_until(
-    run: _Runner,
-    name: str,
-    conv: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
-    positions: int,
-    seed: int,
-    device: torch.device | str,
-) -> tuple[_Samples, Tensor | None]:
-    assert isinstance(conv, nn.Conv2d)
-    samples, others = _Samples(), []
-    done = 0
-
-    def see(module: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
-        other = run.other(name, done, positions, seed)
-        if other is not None:
-            others.append(other)
-        samples.add(module, args[0], done, positions, seed)
-        raise _Stop
-
-    handle = conv.register_forward_pre_hook(see)
-    try:
-        for x, _ in batches:
-            try:
-                run(x.to(device))
-            except _Stop:
-                done += len(x)
-    finally:
-        handle.remove()
-    return samples, torch.cat(others) if others else None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Surroundings", "Walk", "surroundings_of", "traced"]
+__all__ = ["Surroundings", "Walk", "calls_once", "surroundings_of", "traced"]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _RECTIFIERS = (torch.relu, torch.relu_, F.relu, F.relu_, F.relu6)
@@ -31,11 +31,40 @@ class Surroundings:
 
 
 class Walk(fx.Interpreter):
-    """Runs the operations of a graph with the modules of `model`, whose hooks are called as usual."""
+    """Runs the operations of a graph with the modules of `model`, and may stand still on the way.
+
+    Of what has been computed only what is still needed is kept.
+    """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(model, graph=graph)
         self.extra_traceback = False
+        self.left = iter(self.graph.nodes)
+        self.here: fx.Node | None = None
+
+    def start(self, x: Tensor) -> None:
+        """Begin with a batch."""
+        self.args_iter = iter([x])
+
+    def until(self, name: str) -> Tensor:
+        """Go on until the module `name` is about to run; returns its input."""
+        wanted = self.module.get_submodule(name)
+        while self.here is None or not (
+            self.here.op == "call_module" and self.submodules[str(self.here.target)] is wanted
+        ):
+            if self.here is not None:
+                if self.here not in self.env:
+                    self.env[self.here] = self.run_node(self.here)
+                for done in self.user_to_last_uses.get(self.here, []):
+                    self.env.pop(done, None)
+            self.here = next(self.left)
+        return self.waiting
+
+    @property
+    def waiting(self) -> Tensor:
+        """The input of the module that is about to run."""
+        assert self.here is not None
+        return self.fetch_args_kwargs_from_env(self.here)[0][0]
 
     def ahead(self, node: fx.Node) -> Tensor:
         """The value of a node, though its turn may be later; to be called while the graph runs."""
@@ -63,6 +92,13 @@ def traced(model: nn.Module, example: Tensor) -> fx.Graph | None:
             delattr(model, name)
     same = isinstance(found, Tensor) and isinstance(wanted, Tensor) and found.shape == wanted.shape
     return graph if same and torch.allclose(found, wanted, rtol=1e-3, atol=1e-5) else None
+
+
+def calls_once(model: nn.Module, graph: fx.Graph, names: Collection[str]) -> bool:
+    """Whether the graph calls each of these modules, by whichever of its names, and once."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
+    return all(sum(module is modules[name] for module in calls) == 1 for name in names)
 
 
 def surroundings_of(model: nn.Module, graph: fx.Graph, solved: Collection[str]) -> dict[str, Surroundings]:
