@@ -141,13 +141,13 @@ def test_as_many_images_are_on_the_way_as_find_room_and_no_image_twice(monkeypat
     """64 images of 16 x 16: in front of the last layer a map has 8 x 4 x 4 numbers, before the second one four times as
     many; both networks have one."""
     there = {}
-    real = module_of_it._Walks.samples
+    real = module_of_it.Walks.samples
 
     def seen(self, name, *args):
         there[name] = sorted(float(v) for p in self.under_way for v in p.student.waiting.flatten(1).double().sum(1))
         return real(self, name, *args)
 
-    monkeypatch.setattr(module_of_it._Walks, "samples", seen)
+    monkeypatch.setattr(module_of_it.Walks, "samples", seen)
     teacher = Shrinking().eval()
     batches = [(x, None) for x in torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)).split(10)]
     sites = find_convolutions(teacher, batches[0][0][:1])
