@@ -221,10 +221,15 @@ class _Decompose(_Augmented, _Named):
     calibration_data: str | None = option(
         None, "Other images to calibrate and tune on, as --data: a name or a folder. Labels are not used."
     )
-    memory: float = above(0, 2.0, "GiB for statistics of the layers.")
+    memory: float = above(
+        0,
+        2.0,
+        "GiB for statistics of the layers, for images that are kept, and for maps in the reconstruction, each; "
+        "networks and single batches come on top.",
+    )
     rebuild: bool = option(
         True,
-        "Try the layer-by-layer reconstruction where no tuning follows or is kept (slow for large images).",
+        "Try the layer-by-layer reconstruction where no tuning follows or is kept (minutes for large images).",
         bool,
     )
     tune: Any = option(

@@ -200,7 +200,7 @@ class _Passage:
     def bytes(self) -> int:
         """Of the maps that are kept while it stands still."""
         maps = [m for walk in (self.teacher, self.student) for m in walk.env.values() if isinstance(m, Tensor)]
-        return sum({m.untyped_storage().data_ptr(): m.untyped_storage().nbytes() for m in maps}.values())
+        return sum({m.data_ptr(): m.numel() * m.element_size() for m in maps}.values())
 
 
 def _without_bias(conv: nn.Conv2d, y: Tensor) -> Tensor:
