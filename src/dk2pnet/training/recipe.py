@@ -47,7 +47,8 @@ def choose(
     """The best of some recipes at the best rate near by, and all that was tried.
 
     `trial` says how far from the teacher a recipe leads in a few steps, `start` how far it was before them. Where the
-    best of `first` gains, its rate is raised while that gains too, if less; else it is lowered while that helps.
+    best of `first` gains, its rate is raised while that gains too, if a little less; where it loses more than a little,
+    it is lowered while that helps.
     """
     tried: list[dict[str, Any]] = []
 
@@ -60,7 +61,7 @@ def choose(
     best = min(distances, key=lambda recipe: distances[recipe])
     reached = distances[best]
     gains = reached < start
-    for _ in range(_MOVES):
+    for _ in range(_MOVES if gains or reached > _LENIENT * start else 0):
         further = replace(best, rate=best.rate * (_FACTOR if gains else 1 / _FACTOR))
         found = of(further)
         if found >= (min(_LENIENT * reached, start) if gains else reached):
