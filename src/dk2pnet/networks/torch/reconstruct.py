@@ -37,7 +37,7 @@ _LEAST_GAIN = 1e-2
 _FAR = 1e2
 # Ridges about the present combination, as shares of the features' energy; and every which image chooses among them.
 _RIDGES, _HELD = (0.01, 0.1), 5
-_AMPLE = 20  # samples for every unknown, from which on nothing has to be chosen
+_AMPLE = 20  # samples for every unknown, from which on the kernels are solved too
 _COPIES = 6  # that are held of a layer's responses, in float64
 _FEWEST_POSITIONS = 4
 _FIRST = 4  # layers: where none of them gains, none is solved
