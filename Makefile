@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -rs tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -54,7 +54,7 @@ def main() -> None:
     gather_batches, held_batches, test_batches = (part.batches(128, norm) for part in (gather, held, test))
     teacher = network.model.eval()
     example = norm.apply(training.subset([0]).images)
-    sites = find_convolutions(teacher, example)
+    sites = find_convolutions(teacher, example, first=True)
     opened = {site.name: site for site in sites if not site.reason}
     convs: dict[str, nn.Conv2d] = {name: site.module for name, site in opened.items()}  # type: ignore[misc]
     wanted = predict(teacher, held_batches)

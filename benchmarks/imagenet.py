@@ -1,12 +1,15 @@
 """Networks at 224 x 224 without labels: what is lost at budgets of multiply-adds, in closed form and tuned for minutes.
 
     python benchmarks/imagenet.py --model torchvision/resnet18 --weights resnet18.safetensors --data FOLDER \\
-        --calibration-data IMAGES --runs FOLDER [--budgets 0.44 0.3 0.2] [--minutes 0 5 20 60] [--seeds 0 1]
+        --calibration-data IMAGES --runs FOLDER [--budgets 0.44 0.3 0.2] [--minutes 0 5 20 60] [--seeds 0 1] \\
+        [--without recipe]
 
 --data: a folder with ``val/WNID/*.JPEG`` (or ``test/``), by which accuracy and agreement are measured; ImageNet's own
 validation images, or any labelled ones of the same 1,000 classes. --calibration-data: images without labels, never
 those. Minutes are of tuning alone, on this machine; 0 is the closed form with all that `dk2pnet compress --tune 0`
-does. The closed form of a budget is made once. Killed, the command goes on: students lie in --runs. Writes
+does. The closed form of a budget is made once. --without takes one thing away: ``recipe`` tunes at the rate and the
+batch norm of CIFAR, unasked; ``augmentation`` on the images as they are; ``corrections`` from kernels as they were
+solved, with the teacher's batch norms; ``first`` leaves the first convolution dense, and the others pay. Killed, the command goes on: students lie in --runs. Writes
 benchmarks/results/imagenet-MODEL.json.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +31,31 @@ from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import Solved, solved_once
 from dk2pnet.students.probes import Prober
 from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.tuning import Tuner
+from dk2pnet.training.trainer import TUNING
 
-_KEYS = ("budget", "minutes", "seed")
+_KEYS = ("budget", "minutes", "seed", "without")
+_PARTS = ("recipe", "augmentation", "corrections", "first")
 
 
 def key(row: Any) -> tuple:
     """What tells two rows apart."""
-    return tuple(row[name] for name in _KEYS)
+    return tuple(row.get(name, "") for name in _KEYS)
 
 
-def main() -> None:
-    parser = network_parser(__doc__)
+def parser_of(doc: str | None) -> ArgumentParser:
+    """The options of a network, images to test it with and others to calibrate and tune on."""
+    parser = network_parser(doc)
     parser.set_defaults(model="torchvision/resnet18")
     parser.add_argument("--calibration-data", required=True)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--runs", required=True, type=Path)
-    parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.2])
-    parser.add_argument("--minutes", nargs="+", type=float, default=[0, 5, 20, 60])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    rows = Rows(f"imagenet-{options.model.rpartition('/')[2]}", key)
-    for seed in options.seeds:
-        missing = [
-            (budget, minutes)
-            for budget in options.budgets
-            for minutes in options.minutes
-            if (f"macs={budget:g}", minutes, seed) not in {key(row) for row in rows.read()}
-        ]
-        if missing:
-            with Run().at_work("cpu", options.threads, seed) as run:
-                measure(options, seed, missing, rows, run)
+    return parser
 
 
-def measure(options: Any, seed: int, missing: list[tuple[float, float]], rows: Rows, run: Run) -> None:
-    """Add the rows that are missing of one seed."""
+def opened(options: Namespace, seed: int, run: Run, without: str = "") -> Teacher:
+    """The teacher that they name, ready to be tuned from."""
     how = CompressOptions(
         weights=options.weights,
         normalize=options.normalize,
@@ -71,8 +65,35 @@ def measure(options: Any, seed: int, missing: list[tuple[float, float]], rows: R
         threads=options.threads,
         seed=seed,
         tune="1m",  # rows say how long
+        augment="none" if without == "augmentation" else None,
     )
-    teacher = Teacher.open(options.model, options.data, how, run)
+    return Teacher.open(options.model, options.data, how, run, first=without != "first")
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.44, 0.3, 0.2])
+    parser.add_argument("--minutes", nargs="+", type=float, default=[0, 5, 20, 60])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--without", default="", choices=_PARTS)
+    options = parser.parse_args()
+    rows = Rows(f"imagenet-{options.model.rpartition('/')[2]}", key)
+    for seed in options.seeds:
+        missing = [
+            (budget, minutes)
+            for budget in options.budgets
+            for minutes in options.minutes
+            if (f"macs={budget:g}", minutes, seed, options.without) not in {key(row) for row in rows.read()}
+        ]
+        if missing:
+            with Run().at_work("cpu", options.threads, seed) as run:
+                measure(options, seed, missing, rows, run)
+
+
+def measure(options: Namespace, seed: int, missing: list[tuple[float, float]], rows: Rows, run: Run) -> None:
+    """Add the rows that are missing of one seed."""
+    without = options.without
+    teacher = opened(options, seed, run, without)
     network, samples = teacher.network, teacher.samples
     assert samples is not None
     assert samples.test is not None
@@ -84,10 +105,14 @@ def measure(options: Any, seed: int, missing: list[tuple[float, float]], rows: R
         **environment(run.device),
     }
     with Prober(teacher, None, run) as prober:
-        assert prober.tuner is not None
+        tuner = Tuner(teacher, run, TUNING) if without == "recipe" else Tuner(teacher, run)
+        if without == "corrections":
+            network.corrections = lambda *_: iter(())  # type: ignore[method-assign]
         for value, minutes in missing:
             budget = Budget("macs", value)
             folder = options.runs / options.model.replace("/", "-") / f"{budget}-seed{seed}"
+            if without in ("corrections", "first"):  # which make another closed form
+                folder = folder / f"without-{without}"
             folder.mkdir(parents=True, exist_ok=True)
 
             def solve(budget: Budget = budget) -> Solved:
@@ -95,13 +120,13 @@ def measure(options: Any, seed: int, missing: list[tuple[float, float]], rows: R
                 return prober.closed.solve(budget, whiten=True)
 
             solved = solved_once(folder, network, run, solve)
-            row: dict[str, Any] = {"budget": str(budget), "minutes": minutes, "seed": seed}
+            row: dict[str, Any] = {"budget": str(budget), "minutes": minutes, "seed": seed, "without": without}
             row["seconds_of_parts"] = dict(run.clock.seconds)
             started = time.perf_counter()
             if minutes:
-                here = folder / f"{minutes:g}m"
-                row["steps"] = prober.tuner.steps_in(60 * minutes, solved, here)
-                tuned = prober.tuner.tune(solved, row["steps"], here)
+                here = folder / f"{minutes:g}m{f'-without-{without}' if without else ''}"
+                row["steps"] = tuner.steps_in(60 * minutes, solved, here)
+                tuned = tuner.tune(solved, row["steps"], here)
                 student = solved.student if tuned is None else tuned
                 if (here / "recipe.json").exists():
                     row["recipe"] = json.loads((here / "recipe.json").read_text(encoding="utf-8"))
@@ -114,7 +139,7 @@ def measure(options: Any, seed: int, missing: list[tuple[float, float]], rows: R
                 "accuracy": accuracy(found),
                 "agreement": agreement(answers, found),
                 "test_kl": divergence(answers, found),
-                "held_kl": prober.tuner.judge.divergence(student),
+                "held_kl": tuner.judge.divergence(student),
                 "decisions": solved.decisions,
                 "macs_kept": solved.plan.macs / solved.plan.macs_dense,
                 "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dk2pnet.decompose.select import Option
-from dk2pnet.decompose.solve import solve
+from dk2pnet.decompose.solve import solve, spectrum
 from dk2pnet.layer import DKConv2d
 from dk2pnet.networks.network import Site
 
-__all__ = ["Peer", "channel_pca", "cp", "gdws", "gdws_weights", "pruned", "spatial_svd", "tucker"]
+__all__ = ["Peer", "channel_pca", "cp", "gdws", "gdws_weights", "per_channel_svd", "pruned", "spatial_svd", "tucker"]
 
 # One way to replace a layer: multiply-adds of one image, relative error, and the module.
 Peer = tuple[Option, Callable[[], nn.Module]]
@@ -154,6 +155,19 @@ def channel_pca(site: Site, A: Tensor, mean: Tensor) -> list[Peer]:
 def gdws(site: Site, counts: Tensor) -> nn.Module:
     """GDWS: the singular vectors of every channel's slice; our layer without moments is exactly that."""
     return DKConv2d.from_factors(site.module, solve(site.module.weight.detach(), counts), form="folded")
+
+
+def per_channel_svd(site: Site) -> list[Peer]:
+    """The same layer with as many kernels in every channel: 1 of them, 2, ..., all."""
+    conv = site.module
+    energies = spectrum(conv.weight.detach())
+    peers = []
+    for count in range(1, energies.shape[2] + 1):
+        counts = torch.full((energies.shape[0] * energies.shape[1],), count)
+        cost = counts.numel() * count * (conv.kernel_size[0] * conv.kernel_size[1] + conv.out_channels) * site.positions
+        error = float(energies[:, :, count:].sum() / energies.sum())
+        peers.append((Option(cost, error), partial(gdws, site, counts)))
+    return peers
 
 
 def gdws_weights(model: nn.Module, sites: Iterable[Site], images: Tensor) -> dict[str, Tensor]:

@@ -6,17 +6,18 @@
 Every method gets the whole network's multiply-adds to within a percent. Low-rank methods spend them by one queue over
 the network, each by its own measure of error (see peer_methods.py); Torch-Pruning ranks channels globally, over the
 whole network or inside the blocks, whichever is closer to the teacher on the held-out images. Batch norm is
-re-estimated on the calibration images where that brings the held-out answers closer (for all). Then the same
-fine-tuning: softened logits and labels, 150 steps of 128 images, one learning rate. Accuracy is the test split's,
-after the last step.
+re-estimated on the calibration images, or matched to the teacher's there, where that brings the held-out answers
+closer (for all). Then the same fine-tuning: softened logits and labels, 150 steps of 128 images, one learning rate.
+Accuracy is the test split's, after the last step.
 Rows already in the JSON are not made again; ``--one`` makes one and ends. Writes benchmarks/results/peers-MODEL.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from dk2pnet.measure import accuracy, divergence, macs, parameters, predict
 from dk2pnet.modules import copy_model, replace_modules
 from dk2pnet.networks.network import Site
 from dk2pnet.networks.open import load_data, open_network
-from dk2pnet.networks.torch.corrections import reestimate_batch_norm
+from dk2pnet.networks.torch.corrections import match_batch_norm, reestimate_batch_norm
 from dk2pnet.networks.torch.gather import gather_moments
 from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.networks.torch.sites import find_convolutions
@@ -44,41 +45,32 @@ from dk2pnet.run.run import Run
 from dk2pnet.students.latency_budget import choose_forms
 from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.trainer import TrainingOptions
-from peer_methods import channel_pca, cp, gdws, gdws_weights, pruned, spatial_svd, tucker
+from peer_methods import channel_pca, cp, gdws, gdws_weights, per_channel_svd, pruned, spatial_svd, tucker
 
 METHODS = (
     "ours, loss",
     "ours, response",
     "GDWS, gradient weights",
     "GDWS, alpha = 1",
+    "per-channel SVD",
     "response PCA",
     "spatial SVD",
     "Tucker-2",
     "CP",
     "Torch-Pruning",
 )
+Batches = Iterable[tuple[Tensor, Any]]
 STEPS = {"images": 6400, "epochs": 3, "learning_rate": 0.01}
 
 
 class Harness:
-    """The teacher, its images, and what every method is measured by."""
+    """The teacher, its images (batches, normalised), and how a method makes a student of it."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
-        test = load_data(options.data, "test", options.model, data_dir=options.data_dir)
-        assert training is not None
-        assert test is not None
-        network = open_network(options.model, weights=options.weights, normalize=options.normalize, data=training)
-        self.teacher, self.norm = network.model.eval(), network.normalization
-        assert self.norm is not None
-        self.training, _ = split_training(training)
-        gather, held_out = calibration_split(self.training, 2000)
-        self.gather, self.held_out = gather.batches(128, self.norm), held_out.batches(128, self.norm)
-        self.test = test.batches(128, self.norm)
-        self.images = next(iter(gather.batches(256, self.norm)))[0]
+    def __init__(self, teacher: nn.Module, gather: Batches, held_out: Batches, test: Batches) -> None:
+        self.teacher, self.gather, self.held_out, self.test = teacher.eval(), gather, held_out, test
+        self.images = torch.cat([x for x, _ in itertools.islice(gather, -(-256 // len(next(iter(gather))[0])))])[:256]
         self.example = self.images[:1]
-        self.sites = find_convolutions(self.teacher, self.example)
+        self.sites = find_convolutions(self.teacher, self.example, first=True)
         self.open = {site.name: site for site in self.sites if not site.reason}
         self.total = macs(self.teacher, self.example)
         self.answers = predict(self.teacher, self.held_out)
@@ -91,9 +83,11 @@ class Harness:
         return min(models, key=lambda model: divergence(self.answers, predict(model, self.held_out)))
 
     def with_batch_norm(self, model: nn.Module) -> nn.Module:
-        again = copy_model(model)
+        """As it is, or with its batch norms re-estimated or matched to the teacher's: whichever is closest to it."""
+        again, matched = copy_model(model), copy_model(model)
         reestimate_batch_norm(again, self.gather, torch.device("cpu"))
-        return self.closer(model, again)
+        match_batch_norm(matched, self.teacher, self.gather)
+        return self.closer(model, again, matched)
 
     def replaced(self, modules: dict[str, nn.Module]) -> nn.Module:
         student = copy_model(self.teacher)
@@ -132,14 +126,15 @@ class Harness:
         return self.by_options(lambda s: channel_pca(s, moments[s.name].A()[0], moments[s.name].mean()[0]), budget)
 
     def pruning(self, budget: float) -> nn.Module:
-        inner = [m for n, m in self.teacher.named_modules() if n.endswith("conv2")] + [self.teacher.conv1]
+        inner = [m for n, m in self.teacher.named_modules() if n.endswith("conv2") or n == "conv1"]
+        classifier = [m for m in self.teacher.modules() if isinstance(m, nn.Linear)][-1]
         found = []
         for ignored in ([], inner):
             low, high = 0.0, 0.95
             best: tuple[float, nn.Module] | None = None
             for _ in range(12):
                 ratio = (low + high) / 2
-                student = pruned(self.teacher, self.example, ratio, [self.teacher.linear, *ignored])  # type: ignore[list-item]
+                student = pruned(self.teacher, self.example, ratio, [classifier, *ignored])
                 kept = macs(student, self.example) / self.total
                 if best is None or abs(kept - budget) < abs(best[0] - budget):
                     best = kept, student
@@ -149,31 +144,56 @@ class Harness:
                 found.append(self.with_batch_norm(best[1].eval()))
         return self.closer(*found)
 
-    def student(self, method: str, budget: float, seed: int = 0) -> nn.Module:
-        if method.startswith("ours"):
-            options = self.options
-            student = dk2pnet.compress(
-                options.model,
-                options.data,
-                f"macs={budget:g}",
-                criterion=method.split(", ")[1],
-                tune=0,
-                weights=options.weights,
-                normalize=options.normalize,
-                data_dir=options.data_dir,
-                seed=seed,
-            ).model
-            set_form(student, "folded")
-            return student
+    def student(self, method: str, budget: float) -> nn.Module:
+        """The student of another method."""
         if method == "GDWS, gradient weights":
             return self.gdws(budget, gdws_weights(self.teacher, self.open.values(), self.images[:64]))
         if method == "GDWS, alpha = 1":
             return self.gdws(budget, None)
+        if method == "per-channel SVD":
+            return self.by_options(per_channel_svd, budget)
         if method == "response PCA":
             return self.pca(budget)
         if method == "Torch-Pruning":
             return self.pruning(budget)
         return self.by_options({"spatial SVD": spatial_svd, "Tucker-2": tucker, "CP": cp}[method], budget)
+
+
+class Named(Harness):
+    """Of a network and a data set with names, with the fine-tuning that all rows get."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        training = load_data(options.data, "train", options.model, data_dir=options.data_dir)
+        test = load_data(options.data, "test", options.model, data_dir=options.data_dir)
+        assert training is not None
+        assert test is not None
+        network = open_network(options.model, weights=options.weights, normalize=options.normalize, data=training)
+        self.norm = network.normalization
+        assert self.norm is not None
+        self.training, _ = split_training(training)
+        gather, held_out = (data.batches(128, self.norm) for data in calibration_split(self.training, 2000))
+        super().__init__(network.model, gather, held_out, test.batches(128, self.norm))
+
+    def start(self, method: str, budget: float, seed: int = 0) -> nn.Module:
+        """The student of any method, with the batch norm that is closer to the teacher."""
+        torch.manual_seed(seed)
+        if not method.startswith("ours"):
+            return self.with_batch_norm(self.student(method, budget))
+        options = self.options
+        student = dk2pnet.compress(
+            options.model,
+            options.data,
+            f"macs={budget:g}",
+            criterion=method.split(", ")[1],
+            tune=0,
+            weights=options.weights,
+            normalize=options.normalize,
+            data_dir=options.data_dir,
+            seed=seed,
+        ).model
+        set_form(student, "folded")
+        return student
 
     def latency(self, student: nn.Module) -> float:
         """Relative to the teacher in ONNX Runtime, one thread; DK layers in the forms that are fastest there."""
@@ -209,13 +229,10 @@ def main() -> None:
     missing = [(m, b) for b in options.budgets for m in options.methods if (m, b) not in done]
     if not missing:
         return
-    harness = Harness(options)
+    harness = Named(options)
     for method, budget in missing[: 1 if options.one else None]:
         start = time.perf_counter()
-        torch.manual_seed(0)
-        student = harness.student(method, budget)
-        if not method.startswith("ours"):  # which has done so itself, by the same rule
-            student = harness.with_batch_norm(student)
+        student = harness.start(method, budget)
         row = {
             "method": method,
             "budget": budget,

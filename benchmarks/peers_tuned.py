@@ -40,14 +40,14 @@ from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning import Tuner
 from dk2pnet.training.trainer import TUNING
 from dk2pnet.training.whitened import whitening_of
-from peers import METHODS, Harness
+from peers import METHODS, Named
 
 STEPS = 150
 # Name of a row -> the method of peers.py that it starts from, and whether it is tuned in the whitened form.
 ROWS = {method: (method, False) for method in METHODS} | {"ours, loss, whitened": ("ours, loss", True)}
 
 
-class Tuned(Harness):
+class Tuned(Named):
     """The harness of peers.py with the tuning of `compress`."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -61,15 +61,12 @@ class Tuned(Harness):
         how = {"weights": options.weights, "normalize": options.normalize, "data_dir": options.data_dir}
         self.ready = Teacher.open(options.model, options.data, CompressOptions(tune=STEPS, **how), Run())
 
-    def start(self, method: str, budget: float, seed: int) -> nn.Module:
-        """The student that a method gives, before any tuning."""
+    def start(self, method: str, budget: float, seed: int = 0) -> nn.Module:
+        """The student that a method gives, before any tuning; kept."""
         name = f"{self.options.model}-{budget:g}-{method}-{seed}.pt".replace(" ", "_")
         place = Path(self.options.runs, name)
         if not place.exists():
-            torch.manual_seed(seed)
-            student = self.student(method, budget, seed)
-            if not method.startswith("ours"):  # which has done so itself, by the same rule
-                student = self.with_batch_norm(student)
+            student = super().start(method, budget, seed)
             place.parent.mkdir(parents=True, exist_ok=True)
             torch.save(student, place)
         return torch.load(place, weights_only=False)

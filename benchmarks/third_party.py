@@ -408,7 +408,7 @@ def row_of(name: str, budget: str, tune: str, work: Path, threads: int) -> dict[
     metrics = result.metrics
     before, after = answers_of(name, None), answers_of(name, out / "model.onnx")
     shares = [share for share in map(model.same, before, after) if share is not None]
-    spatial = {site.name for site in read_onnx(original).sites if not site.reason}
+    spatial = {site.name for site in read_onnx(original, first=True).sites if not site.reason}
     share = sum(layer["macs_dense"] for layer in metrics["layers"] if layer["name"] in spatial)
     return row | {
         "teacher": metrics["teacher"],

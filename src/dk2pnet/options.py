@@ -216,7 +216,9 @@ class _Decompose(_Augmented, _Named):
     keep: Sequence[str] = option(
         (), "Convolutions that stay dense: a name, a module that holds them (layer1), or a pattern. Repeatable."
     )
-    first: bool = option(False, "Decompose the first convolution too.", bool)
+    first: bool = option(
+        False, "With --budget kernels=N: the first convolution too. Other budgets spend on it as on any other.", bool
+    )
     calibration_images: int = at_least(2, 2000, "Training images, labels unused; a fifth only decides.")
     calibration_data: str | None = option(
         None, "Other images to calibrate and tune on, as --data: a name or a folder. Labels are not used."

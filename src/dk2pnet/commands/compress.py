@@ -92,7 +92,7 @@ def compress(
     _check(wanted, data, chosen)
     check_out(out, chosen.overwrite)
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work, ExitStack() as whole:
-        teacher = Teacher.open(model, data, chosen, work)
+        teacher = Teacher.open(model, data, chosen, work, chosen.first or wanted.kind != "kernels")
         chosen = replace(chosen, criterion=teacher.criterion)
         if teacher.samples is None and chosen.int8:
             raise InputError("int8 needs images to calibrate on and none were given; give --data, or leave --int8 away")

@@ -85,7 +85,8 @@ def explore(
     check_for_onnx(model, chosen)
     check_out(out, chosen.overwrite)
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work, ExitStack() as whole:
-        teacher = Teacher.open(model, data, chosen, work)
+        first = chosen.first or all(budget.kind != "kernels" for budget in given)
+        teacher = Teacher.open(model, data, chosen, work, first)
         chosen = replace(chosen, criterion=teacher.criterion, budgets=[str(budget) for budget in given])
         arguments = {"model": model, "data": data}
         folder = None

@@ -78,8 +78,7 @@ def spend(
     if budget.value * total < least:
         raise TooSmall(
             f"budget {budget} cannot be reached: one kernel in every layer that can be decomposed gives "
-            f"{budget.kind}={_round_up(least / total)}; give at least that, or let the first convolution go too "
-            "(--first)"
+            f"{budget.kind}={_round_up(least / total)}; give at least that"
         )
     return select(candidates, budget.value * total - fixed)
 

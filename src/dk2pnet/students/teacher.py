@@ -66,8 +66,10 @@ class Teacher:
         data: str | Iterable[Any] | None,
         options: CompressOptions | ExploreOptions,
         run: Run,
+        first: bool = True,
     ) -> Teacher:
-        """Open everything, and refuse what cannot be before any work is done."""
+        """Open everything, and refuse what cannot be before any work is done. `first`: whether the first convolution
+        may be decomposed; where every channel gets as many kernels, its three channels get too few."""
         epochs = options.epochs if isinstance(options, CompressOptions) else 0
         network, samples, training = _running(model, data, options, run)
         named = None if training is None else options.calibration_data or str(data)
@@ -93,7 +95,7 @@ class Teacher:
                 "criterion 'loss' needs a classifier (one row of class scores per image), but the network returns "
                 f"{shapes}; use --criterion response"
             )
-        sites = network.sites(options.keep, options.first)
+        sites = network.sites(options.keep, first)
         if all(site.reason for site in sites):
             raise InputError(f"{_name(model)} has no convolution that can be decomposed: {_reasons(sites)}")
         tuning = tuning_of(options.tune, epochs=epochs, samples=samples, macs=network.macs)
