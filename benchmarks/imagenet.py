@@ -9,8 +9,8 @@ validation images, or any labelled ones of the same 1,000 classes. --calibration
 those. Minutes are of tuning alone, on this machine; 0 is the closed form with all that `dk2pnet compress --tune 0`
 does. The closed form of a budget is made once. --without takes one thing away: ``recipe`` tunes at the rate and the
 batch norm of CIFAR, unasked; ``augmentation`` on the images as they are; ``corrections`` from kernels as they were
-solved, with the teacher's batch norms; ``first`` leaves the first convolution dense, and the others pay. Killed, the command goes on: students lie in --runs. Writes
-benchmarks/results/imagenet-MODEL.json.
+solved, with the teacher's batch norms; ``first`` leaves the first convolution dense, and the others pay. Killed, the
+command goes on: students lie in --runs. Writes benchmarks/results/imagenet-MODEL.json.
 """
 
 from __future__ import annotations
