@@ -1,5 +1,6 @@
 """Networks by name, and weights from files of every layout, sound or not."""
 
+import argparse
 import copy
 import io
 import os
@@ -10,6 +11,7 @@ import textwrap
 from collections import OrderedDict
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -302,6 +304,62 @@ def test_nested_twice(tmp_path):
     assert same(model.state_dict(), lenet(1).state_dict())
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "a.b.", "module.model._orig_mod."])
+def test_any_prefix_of_all_names(tmp_path, prefix):
+    content = {"state_dict": prefixed(prefix, lenet(1).state_dict()), "pytorch-lightning_version": "2.5"}
+    torch.save(content, tmp_path / "w.ckpt.pt")
+    model = lenet(2)
+    load_weights(model, tmp_path / "w.ckpt.pt")
+    assert same(model.state_dict(), lenet(1).state_dict())
+
+
+def test_parts_that_were_compiled(tmp_path):
+    state = {key.replace("features.", "features._orig_mod."): value for key, value in lenet(1).state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    model = lenet(2)
+    load_weights(model, tmp_path / "w.pt")
+    assert same(model.state_dict(), lenet(1).state_dict())
+
+
+def test_a_network_among_others(tmp_path):
+    """The part that fits is the one; where two do, nobody knows which is meant."""
+    fitting, other = prefixed("student.", lenet(1).state_dict()), prefixed("teacher.", nn.Linear(2, 2).state_dict())
+    torch.save(fitting | other, tmp_path / "w.pt")
+    model = lenet(2)
+    load_weights(model, tmp_path / "w.pt")
+    assert same(model.state_dict(), lenet(1).state_dict())
+    torch.save(fitting | prefixed("teacher.", lenet(3).state_dict()), tmp_path / "two.pt")
+    refused(lenet(2), tmp_path / "two.pt", "several times, under student., teacher.", "save the one that is meant")
+
+
+AVERAGES = {
+    "torchvision": lambda raw, mean: {
+        "model": raw,
+        "model_ema": prefixed("module.", mean) | {"n_averaged": torch.tensor(5)},
+        "args": argparse.Namespace(lr=0.1),
+    },
+    "timm": lambda raw, mean: {"state_dict": raw, "state_dict_ema": mean, "args": argparse.Namespace(lr=0.1)},
+    "further down": lambda raw, mean: {"ema": {"module": mean, "updates": 7}, "model": raw},
+}
+
+
+@pytest.mark.parametrize("make", AVERAGES.values(), ids=AVERAGES)
+def test_the_average_over_training_is_taken_and_said(tmp_path, make, caplog):
+    torch.save(make(lenet(3).state_dict(), lenet(1).state_dict()), tmp_path / "w.pt")
+    model = lenet(2)
+    load_weights(model, tmp_path / "w.pt")
+    assert same(model.state_dict(), lenet(1).state_dict())
+    assert re.search(r"w\.pt holds weights under \w+ and their average under \w*ema: the average", caplog.text)
+
+
+def test_an_average_that_holds_no_weights_is_passed_over(tmp_path, caplog):
+    torch.save({"model": lenet(1).state_dict(), "ema": {"decay": 0.99}}, tmp_path / "w.pt")
+    model = lenet(2)
+    load_weights(model, tmp_path / "w.pt")
+    assert same(model.state_dict(), lenet(1).state_dict())
+    assert not caplog.text
+
+
 def test_prefix_that_is_the_networks_own(tmp_path):
     for state in (prefixed("module.", lenet(1).state_dict()), prefixed("_orig_mod.module.", lenet(1).state_dict())):
         torch.save(state, tmp_path / "w.pt")
@@ -406,11 +464,21 @@ class Options:
     """Something a training script keeps beside the weights."""
 
 
+def test_objects_beside_the_weights_are_not_made(tmp_path, monkeypatch):
+    torch.save({"args": Options(), "best": np.float64(3), "state_dict": lenet(1).state_dict()}, tmp_path / "w.pt")
+    monkeypatch.setattr(Options, "__new__", None)  # making one would be an error
+    model = lenet(2)
+    load_weights(model, tmp_path / "w.pt")
+    assert same(model.state_dict(), lenet(1).state_dict())
+
+
 def test_more_than_tensors(tmp_path):
     torch.save(lenet(1), tmp_path / "module.pt")
     refused(lenet(1), tmp_path / "module.pt", "more than tensors", "a whole network")
-    torch.save({"args": Options(), "state_dict": lenet(1).state_dict()}, tmp_path / "options.pt")
+    torch.save({"args": Options(), "model": lenet(1)}, tmp_path / "options.pt")
     refused(lenet(1), tmp_path / "options.pt", "more than tensors", "objects of the training script")
+    torch.save(lenet(1).state_dict() | {"features.0.weight": Options()}, tmp_path / "one.pt")
+    refused(lenet(1), tmp_path / "one.pt", "more than tensors", "objects of the training script")
     torch.jit.save(torch.jit.trace(lenet(1), torch.zeros(1, 1, 8, 8)), tmp_path / "script.pt")
     refused(lenet(1), tmp_path / "script.pt", "more than tensors")
 

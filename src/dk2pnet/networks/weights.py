@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 import re
@@ -15,22 +16,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dk2pnet.errors import InputError, first_line
 
 __all__ = ["check_finite", "load_weights", "misfits"]
 
-_NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
-_PREFIXES = ("module.", "_orig_mod.")
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "weights", "module")
+# The average over training of the same weights, which is what training scripts evaluate and publish.
+_AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "model_ema_state_dict")
+_COMPILED = "_orig_mod."  # what `torch.compile` puts into names, before a part or the whole
 _PICKLED = (".pt", ".pth", ".th", ".bin")
 _EXPECTED = "a .safetensors, .pt, .pth, .th or .bin file"
+
+_log = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a state_dict from ``.safetensors`` or ``.pt/.pth/.th/.bin`` (tensors only, nothing is unpickled) strictly.
 
-    It may be nested (``{"state_dict": ...}``), its keys may all begin with ``module.`` or ``_orig_mod.``, and its
-    precision may be another one.
+    It may be nested (``{"state_dict": ...}``), lie there twice (then the average over training is taken, and said),
+    beside objects of a training script (which are not made), under names that all begin alike (``module.``,
+    ``backbone.``, ...), and in another precision.
 
     Raises
     ------
@@ -40,7 +47,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     own = model.state_dict()
-    state = _strip(_find_state(_read(path), path), own)
+    state = _named_as(own, _find_state(_read(path), path), path)
+    if any(isinstance(state.get(key), _NotMade) for key in own):
+        raise _more_than_tensors(path)
     problems = misfits(own, state)
     if problems:
         raise InputError(
@@ -65,7 +74,7 @@ def _read(path: Path) -> Any:
     try:
         if suffix == ".safetensors":
             return load_file(str(path))
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), safe_globals(_stand_ins(path)):
             warnings.simplefilter("ignore", UserWarning)  # on files that are refused below anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -83,43 +92,101 @@ def _read(path: Path) -> Any:
         # What PyTorch says about every file it cannot unpickle comes first, then what is the matter with this one.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip()
         if re.search(r"GLOBAL|TorchScript|[Cc]lass|reduce|new object", reason):
-            raise InputError(
-                f"weights {path} hold more than tensors (a whole network, or objects of the training script), and "
-                "reading those could run foreign code; save model.state_dict() alone, best with safetensors"
-            ) from error
+            raise _more_than_tensors(path) from error
         raise InputError(
             f"weights {path} cannot be read ({first_line(Exception(reason)) if reason else type(error).__name__}); "
             "the file is damaged, incomplete or no checkpoint: fetch it again"
         ) from error
 
 
+class _NotMade:
+    """Stands in for an object of a training script: nothing is made or filled, so that no code of it runs."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _stand_ins(path: Path) -> list[Any]:
+    """One for every class and function that a checkpoint names beside tensors and plain containers."""
+    try:
+        return [(_NotMade, name) for name in get_unsafe_globals_in_checkpoint(path)]
+    except Exception:  # of the format before zip files, or damaged: reading it says what is the matter
+        return []
+
+
+def _more_than_tensors(path: Path) -> InputError:
+    return InputError(
+        f"weights {path} hold more than tensors (a whole network, or objects of the training script), and "
+        "reading those could run foreign code; save model.state_dict() alone, best with safetensors"
+    )
+
+
 def _find_state(content: Any, path: Path) -> dict[str, Any]:
-    while isinstance(content, Mapping):
-        nested = next((key for key in _NESTED if isinstance(content.get(key), Mapping)), None)
-        if nested is None:
-            break
-        content = content[nested]
-    named = isinstance(content, Mapping) and all(isinstance(key, str) for key in content)
-    if not named or not any(isinstance(value, Tensor) for value in content.values()):
-        what = f"a {type(content).__name__}"
-        if named:
-            what += f" with {', '.join(list(content)[:3])}" if content else " with nothing in it"
+    found = _state_in(content, path)
+    if found is not None:
+        return found
+    while isinstance(content, Mapping) and (nested := _nested(content)):
+        content = nested[0][1]
+    if isinstance(content, _NotMade) or (
+        isinstance(content, Mapping) and any(isinstance(content.get(key), _NotMade) for key in (*_AVERAGED, *_NESTED))
+    ):
+        raise _more_than_tensors(path)
+    what = f"a {type(content).__name__}"
+    if isinstance(content, Mapping) and all(isinstance(key, str) for key in content):
+        what += f" with {', '.join(list(content)[:3])}" if content else " with nothing in it"
+    raise InputError(
+        f"weights {path} hold no state_dict but {what}; expected tensors by name as in model.state_dict(), "
+        f"at the top or under {', '.join(_NESTED)}"
+    )
+
+
+def _nested(content: Mapping[Any, Any]) -> list[tuple[str, Mapping[Any, Any]]]:
+    return [(key, content[key]) for key in (*_AVERAGED, *_NESTED) if isinstance(content.get(key), Mapping)]
+
+
+def _state_in(content: Any, path: Path) -> dict[str, Any] | None:
+    """Tensors by name at the top or further down, the average before what it is the average of."""
+    if not isinstance(content, Mapping):
+        return None
+    states = {key: found for key, value in _nested(content) if (found := _state_in(value, path)) is not None}
+    if states:
+        taken, *others = states
+        if taken in _AVERAGED and others:
+            _log.warning(
+                "%s holds weights under %s and their average under %s: the average is taken; for the others "
+                "save them alone",
+                path,
+                ", ".join(others),
+                taken,
+            )
+        return states[taken]
+    named = all(isinstance(key, str) for key in content)
+    return dict(content) if named and any(isinstance(value, Tensor) for value in content.values()) else None
+
+
+def _named_as(own: Mapping[str, Any], state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The part of a state whose names, less what stands before all of them, are the network's own; all of it where
+    there is none."""
+    if not any(_COMPILED in key for key in own):
+        state = {key.replace(_COMPILED, ""): value for key, value in state.items()}
+    if not misfits(own, state):
+        return state
+    known = [key for key in own if not key.endswith("num_batches_tracked")]
+    last = known[-1] if known else ""
+    before = [key.removesuffix(last) for key in state if key.endswith(f".{last}")]
+    parts = {each: {k.removeprefix(each): v for k, v in state.items() if k.startswith(each)} for each in before}
+    fitting = [each for each, part in parts.items() if not misfits(own, part)]
+    if len(fitting) > 1:
         raise InputError(
-            f"weights {path} hold no state_dict but {what}; expected tensors by name as in model.state_dict(), "
-            f"at the top or under {', '.join(_NESTED)}"
+            f"weights {path} hold the network several times, under {', '.join(fitting)}; save the one that is meant "
+            "alone"
         )
-    return dict(content)
-
-
-def _strip(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Take away what `DataParallel` and `torch.compile` put before every name, unless the network's have it too."""
-    while True:
-        for prefix in _PREFIXES:
-            if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in own):
-                state = {key.removeprefix(prefix): value for key, value in state.items()}
-                break
-        else:
-            return state
+    if fitting:
+        return parts[fitting[0]]
+    return max(parts.values(), key=len, default=state)
 
 
 def misfits(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
