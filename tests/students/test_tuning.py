@@ -232,19 +232,45 @@ def test_batches_too_small_for_statistics_freeze_batch_norm(monkeypatch):
     assert seen[0].batch_size == 12  # all that there are
 
 
-def test_dropout_is_off_while_tuning_and_back_afterwards(monkeypatch):
-    class DropPath(nn.Identity):  # timm's
-        drop_prob = 0.2
+def test_all_but_batch_norm_is_as_in_evaluation_while_tuning():
+    """So noise is off, however it is made, and the head of a detector that decodes only in evaluation runs."""
+    modes = []
 
-    model = nn.Sequential(*net()[:-1], DropPath(), nn.Dropout(0.5), net()[-1]).eval()
-    rates = []
-    real = tune.fit
-    monkeypatch.setattr(
-        tune, "fit", lambda m, *rest, **more: rates.append((m[-2].p, m[-3].drop_prob)) or real(m, *rest, **more)
-    )
+    class Noise(nn.Module):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                modes.append(self.training)
+            return nn.functional.dropout(x, 0.5, self.training)
+
+    model = nn.Sequential(*net()[:-1], Noise(), nn.Dropout(0.5), net()[-1]).eval()
     student = compress(model, X, "kernels=1", criterion="weight", tune=3).model
-    assert rates == [(0.0, 0.0)]
-    assert student[-2].p == 0.5
+    assert modes
+    assert not any(modes)
+    assert not any(module.training for module in student.modules())
+
+
+class Decoding(nn.Module):
+    """What it gives in training, and where its last convolution runs, differs from evaluation."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.body = form, nn.Sequential(*net()[:6])
+        self.decode = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.ReLU())
+
+    def forward(self, x):
+        maps = self.body(x)
+        if self.training:
+            return [maps] if self.form == "pair" else maps
+        return (self.decode(maps), [maps]) if self.form == "pair" else self.decode(maps)
+
+
+@pytest.mark.parametrize("form", ["maps", "pair"])
+def test_a_network_that_does_more_in_evaluation_is_tuned(form):
+    torch.manual_seed(0)
+    found = compress(Decoding(form).eval(), X, "kernels=1", criterion="response", tune=5)
+    decision = decision_of(found)
+    assert decision["what"] == "tuning"  # not given up
+    assert decision["after"] > 0
 
 
 def test_a_network_of_feature_maps_is_tuned_on_its_outputs_error():

@@ -7,8 +7,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from dk2pnet import processes
 from dk2pnet.data import ImageData
@@ -46,7 +44,6 @@ _CROP = 0.5  # the least share of a large image
 _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
 _TRIAL_IMAGES = 256  # that batch norm is estimated on after a trial
 _WATCHED, _WATCHED_SMALL = 128, 1000  # held-out images that trials and looks use, large ones and small ones
-_DROPOUTS = ("StochasticDepth", "DropBlock2d", "DropBlock3d")  # torchvision's own, whose rate is called p too
 
 _log = logging.getLogger(__name__)
 
@@ -227,19 +224,18 @@ class Tuner:
             options = replace(options, method="kd", distill=1.0)  # no feature maps: the outputs alone teach
         names = learner.names
         whitenings = {names[name]: whitening for name, whitening in solved.whitenings.items()}
-        with _without_dropout(student):
-            fit(
-                student,
-                self.source,
-                options,
-                self.run,
-                example=learner.example,
-                teacher=learner.teacher,
-                whitenings=whitenings if self.whitened else None,
-                what=what,
-                folder=folder,
-                watch=watch,
-            )
+        fit(
+            student,
+            self.source,
+            options,
+            self.run,
+            example=learner.example,
+            teacher=learner.teacher,
+            whitenings=whitenings if self.whitened else None,
+            what=what,
+            folder=folder,
+            watch=watch,
+        )
 
 
 def all_alike(samples: Samples) -> bool:
@@ -252,20 +248,3 @@ def all_alike(samples: Samples) -> bool:
         if x.shape[1:] != first.shape[1:] or not torch.equal(x, first.expand_as(x)):
             return False
     return samples.counts["calibration"] > 1
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """The student starts at the teacher's answers: noise in it would only hide what is left to learn."""
-    rates = {(m, "p"): m.p for m in model.modules() if isinstance(m, _DropoutNd) or type(m).__name__ in _DROPOUTS}
-    # timm's, which is a float there; in other modules it may be anything.
-    rates |= {
-        (m, "drop_prob"): m.drop_prob for m in model.modules() if isinstance(getattr(m, "drop_prob", None), float)
-    }
-    try:
-        for module, name in rates:
-            setattr(module, name, 0.0)
-        yield
-    finally:
-        for (module, name), rate in rates.items():
-            setattr(module, name, rate)

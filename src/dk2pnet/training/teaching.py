@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dk2pnet.errors import InputError
 from dk2pnet.measure import inference_of, outputs_of
 from dk2pnet.training.hints import HintPair, Tap, capture, tap_of
 from dk2pnet.training.losses import Method, labels
@@ -32,6 +33,11 @@ class WithMaps(nn.Module):
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs, and a map for each tap."""
         outputs = outputs_of(self.model(x))
+        silent = [key for key in self.keys if key not in self.maps]
+        if silent:
+            raise InputError(
+                f"hint layer {silent[0]!r} does not run in training, only in evaluation; give --hints other layers"
+            )
         maps = [head(self.maps[key]) for key, head in zip(self.keys, self.heads, strict=True)]
         self.maps.clear()  # nothing of one step is kept alive into the next
         return outputs, maps

@@ -62,14 +62,15 @@ class TrainingOptions:
 
     ``steps``: so many in place of the epochs; ``batch_size``: images per step, all processes together; ``optimizer``:
     ``sgd`` (Nesterov) or ``adam`` (without decay); ``warmup``: steps (at most a third of the run), None for one epoch
-    (at most a tenth); ``batch_norm``: ``training``, or ``frozen`` to keep the running statistics; ``method``: one of
-    `losses.METHODS`, None for KP with a teacher and ``labels`` without; ``hints``: ``TEACHER.LAYER=STUDENT.LAYER``
-    each, in place of those found; ``alpha``, ``tau``: weight and temperature of distillation against the labels'
-    cross-entropy; ``distill``: weight of the outputs' distillation beside the hints where images have no labels;
-    ``beta``, ``kp_tau``: weight of each hint (None: the method's own) and its temperature; ``beta_end``: what is left
-    of that weight at the end, to which it falls linearly; ``pre_regressor``: one at every hint, also where channels
-    agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto`` (`choose_precision`); ``compile``: by
-    `torch.compile`; ``checkpoint_every``: seconds.
+    (at most a tenth); ``batch_norm``: ``training``, or ``frozen`` to keep the running statistics; ``as_evaluated``:
+    everything but batch norm as in evaluation, without dropout, and with what the network does only there;
+    ``method``: one of `losses.METHODS`, None for KP with a teacher and ``labels`` without; ``hints``:
+    ``TEACHER.LAYER=STUDENT.LAYER`` each, in place of those found; ``alpha``, ``tau``: weight and temperature of
+    distillation against the labels' cross-entropy; ``distill``: weight of the outputs' distillation beside the hints
+    where images have no labels; ``beta``, ``kp_tau``: weight of each hint (None: the method's own) and its
+    temperature; ``beta_end``: what is left of that weight at the end, to which it falls linearly; ``pre_regressor``:
+    one at every hint, also where channels agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto``
+    (`choose_precision`); ``compile``: by `torch.compile`; ``checkpoint_every``: seconds.
     """
 
     epochs: int = TrainOptions.epochs
@@ -80,6 +81,7 @@ class TrainingOptions:
     warmup: int | None = None
     weight_decay: float = TrainOptions.weight_decay
     batch_norm: str = "training"
+    as_evaluated: bool = False
     method: str | None = TrainOptions.method
     hints: Sequence[str] = TrainOptions.hints
     alpha: float = TrainOptions.alpha
@@ -134,7 +136,13 @@ class TrainingOptions:
 # Of tuning. Hints and rates are chosen by agreement on unused training images (docs/results.md); the form is the
 # prototype's.
 TUNING = TrainingOptions(
-    optimizer="adam", learning_rate=1e-2, warmup=10, method="euclidean", distill=0.0, batch_norm="training"
+    optimizer="adam",
+    learning_rate=1e-2,
+    warmup=10,
+    method="euclidean",
+    distill=0.0,
+    batch_norm="training",
+    as_evaluated=True,
 )
 
 
@@ -275,8 +283,7 @@ def train(
                 return is_classifier(outputs_of(model(example)))
 
         student.train()
-        if options.batch_norm == "frozen":
-            _freeze_batch_norm(model)
+        _set_modes(model, options, device)
         while step < total:
             epoch, first = divmod(step, steps_per_epoch)
             if state is not None:
@@ -397,10 +404,14 @@ def _one_image() -> Iterator[None]:
         ) from error
 
 
-def _freeze_batch_norm(model: nn.Module) -> None:
+def _set_modes(model: nn.Module, options: TrainingOptions, device: torch.device) -> None:
+    """Training mode for what is to be in it, evaluation for the rest."""
+    model.train(not options.as_evaluated)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            module.eval()
+            module.train(options.batch_norm == "training")
+        elif isinstance(module, nn.RNNBase) and device.type == "cuda":
+            module.train()  # cuDNN has no gradient otherwise
 
 
 def _method(options: TrainingOptions, teacher: nn.Module | None) -> tuple[str, Method]:
