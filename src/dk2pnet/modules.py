@@ -20,15 +20,26 @@ def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy; `InputError` where the model cannot be copied.
 
     An activation that a module keeps on itself is copied without its graph, which nothing here goes back through.
+    Parts compiled by `torch.compile` are what they were before it: hooks inside of them would compile them anew.
     """
     kept = (each for module in model.modules() for each in _tensors_in(list(vars(module).values())))
     memo = {id(each): each.detach().clone() for each in kept if not each.is_leaf}
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(
             f"the model {type(model).__name__} cannot be copied ({error}); give one that copy.deepcopy accepts"
         ) from error
+    return _uncompiled(copied)
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    while compiled := {m: m._orig_mod for m in model.modules() if isinstance(getattr(m, "_orig_mod", None), nn.Module)}:
+        model = compiled.get(model, model)  # type: ignore[assignment]
+        replace_modules(model, compiled)  # type: ignore[arg-type]
+    for module in model.modules():
+        module._compiled_call_impl = None  # of `module.compile()`
+    return model
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

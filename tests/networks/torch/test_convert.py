@@ -215,3 +215,22 @@ def test_multiply_adds_of_a_transposed_convolution_are_those_of_its_input_positi
     net = nn.ConvTranspose2d(16, 8, 2, 2)
     x = torch.zeros(1, 16, 8, 8)
     assert find_convolutions(net, x)[0].macs == macs(net, x) == 16 * 8 * 4 * 64
+
+
+@pytest.mark.parametrize("compiled", ["part", "parts in parts", "in place", "whole"])
+def test_a_compiled_network_is_copied_as_it_was_before(compiled):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3))))
+    names, x = list(net.state_dict()), torch.randn(1, 3, 9, 9)
+    expected = net(x)
+    if compiled == "parts in parts":
+        net[1][1] = torch.compile(net[1][1], backend="eager")
+    if compiled in ("part", "parts in parts"):
+        net[1] = torch.compile(net[1], backend="eager")
+    if compiled == "in place":
+        net[1].compile(backend="eager")
+    same = copy_model(torch.compile(net, backend="eager") if compiled == "whole" else net)
+    assert list(same.state_dict()) == names
+    assert torch.equal(same(x), expected)
+    assert [site.positions for site in find_convolutions(same, x)] == [49, 25, 9]
+    assert all(module._compiled_call_impl is None for module in same.modules())
