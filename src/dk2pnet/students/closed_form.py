@@ -49,6 +49,9 @@ class Solved:
     whitenings: dict[str, Whitening] = field(default_factory=dict)
     factors: Mapping[str, Factors] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.corrections = len(self.decisions)  # later ones are of tuning
+
 
 class ClosedForm:
     """The teacher with the moments of its convolutions, gathered when entered; `solve` gives the student of a budget.
@@ -131,7 +134,8 @@ class ClosedForm:
         """What `solve` gives without `whiten` at the same plan, for a student whose tuning was not kept."""
         if self.network.reconstructs_first:
             return solved
-        return self._solved(solved.plan, solved.factors, list(solved.decisions), solved.search, False)
+        of_tuning = solved.decisions[solved.corrections :]  # the corrections before it are made again
+        return self._solved(solved.plan, solved.factors, of_tuning, solved.search, False)
 
     def _solved(
         self,
