@@ -169,7 +169,8 @@ def test_what_makes_it_worse_is_not_kept_and_nothing_is_solved_twice(monkeypatch
     assert torch.equal(found.model(first), plain.model(first))
     said = [each["what"] for each in found.metrics["decisions"]]
     again = [each["what"] for each in plain.metrics["decisions"]]
-    assert said == ["batch-norm re-estimation after tuning", "tuning", *again]  # each correction once
+    assert said[said.index("tuning") + 1 :] == again
+    assert len(set(said)) == len(said)  # each correction is told of once
 
 
 def test_a_student_that_was_read_again_is_solved_again_where_its_tuning_is_not_kept():
