@@ -173,6 +173,21 @@ def test_what_makes_it_worse_is_not_kept_and_nothing_is_solved_twice(monkeypatch
     assert len(set(said)) == len(said)  # each correction is told of once
 
 
+def test_what_runs_by_itself_costs_no_result(monkeypatch, caplog):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    plain = compress(net(), X, "kernels=1", criterion="weight", tune=0)
+    monkeypatch.setattr(tune, "fit", broken)
+    found = compress(net(), X, "kernels=1", criterion="weight")
+    assert decision_of(found)["what"] == "tuning (failed)"
+    assert not decision_of(found)["kept"]
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), plain.model.parameters(), strict=True))
+    assert "the closed form is kept (out of memory); --tune 0 leaves it away" in caplog.text
+    with pytest.raises(RuntimeError, match="out of memory"):  # who asks for it is told
+        compress(net(), X, "kernels=1", criterion="weight", tune=5)
+
+
 def test_a_student_that_was_read_again_is_solved_again_where_its_tuning_is_not_kept():
     work = Run()
     teacher = Teacher.open(net(), X, CompressOptions(tune=5), work)

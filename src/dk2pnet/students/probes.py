@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dk2pnet.errors import first_line
 from dk2pnet.networks.network import Network
 from dk2pnet.plan import Budget
 from dk2pnet.run.run import Run
@@ -15,6 +17,8 @@ from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning import Tuner
 
 __all__ = ["Probe", "Prober"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -79,13 +83,26 @@ class Prober:
         probe = Probe(budget, solved, None, folder)
         if self.tuner is None or not any(layer.counts is not None for layer in solved.plan.layers):
             return probe
-        with self.run.clock("tune"):
-            if not self.steps:
-                tuning = self.teacher.tuning
-                self.steps = tuning.steps or self.tuner.steps_in(tuning.seconds or 0.0, solved, self.folder)
-                self.steps = min(self.steps, tuning.most or self.steps)
-            probe.tuned = self.tuner.tune(solved, self.steps, folder / "tuning" if folder is not None else None)
+        try:
+            with self.run.clock("tune"):
+                probe.tuned = self._tuned(self.tuner, solved, folder)
+        except Exception as error:
+            if not self.teacher.tuning.by_itself:
+                raise
+            _log.warning(
+                "tuning, which runs by itself, failed, and the closed form is kept (%s); --tune 0 leaves it away",
+                first_line(error),
+            )
+            before = self.tuner.judge.divergence(solved.student)
+            solved.decisions.append(self.tuner.judge.entry("tuning (failed)", before, None, False))
         if probe.tuned is None:  # then the best that can be had without
             probe.solved = self.closed.without_tuning(solved)
         probe.solved.factors = {}
         return probe
+
+    def _tuned(self, tuner: Tuner, solved: Solved, folder: Path | None) -> Network | None:
+        if not self.steps:
+            tuning = self.teacher.tuning
+            self.steps = tuning.steps or tuner.steps_in(tuning.seconds or 0.0, solved, self.folder)
+            self.steps = min(self.steps, tuning.most or self.steps)
+        return tuner.tune(solved, self.steps, folder / "tuning" if folder is not None else None)

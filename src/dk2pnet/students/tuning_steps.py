@@ -24,12 +24,16 @@ _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Tuning:
-    """So many steps, or what fits into so many seconds (but `most` steps); 0 steps for none, for the reason `said`."""
+    """So many steps, or what fits into so many seconds (but `most` steps); 0 steps for none, for the reason `said`.
+
+    `by_itself`: nobody asked for it, so that it may not cost the result of what came before it.
+    """
 
     steps: int = 0
     seconds: float | None = None
     said: str = ""
     most: int | None = None
+    by_itself: bool = False
 
     @property
     def wanted(self) -> bool:
@@ -63,8 +67,8 @@ def tuning_of(tune: str | int | None, *, epochs: int, samples: Samples | None, m
                 "tuning will take about %.0f minutes on a CPU; --tune 0 for none, --tune 20m for more",
                 AUTOMATIC_SECONDS / 60,
             )
-            return Tuning(seconds=AUTOMATIC_SECONDS, most=_MOST)
-        return Tuning(AUTOMATIC_STEPS)
+            return Tuning(seconds=AUTOMATIC_SECONDS, most=_MOST, by_itself=True)
+        return Tuning(AUTOMATIC_STEPS, by_itself=True)
     wanted = _parse(tune)
     if wanted.wanted and (samples is None or samples.counts["calibration"] < 2):
         have = "no images" if samples is None else f"{count} image(s) for calibration"

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from dk2pnet.commands import compress as pipeline
 from dk2pnet.errors import InputError
 from dk2pnet.networks.onnx.learner import rate_for
-from graphs import needs_onnx_tuning, node, save, small, tensor, weights
+from graphs import needs_onnx_tuning, node, save, small, tensor, value, weights
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
 
@@ -81,6 +81,24 @@ def test_it_is_automatic_where_it_is_cheap_and_the_same_every_time(tmp_path):
     results = [compress(deep(), tmp_path, None) for _ in range(2)]
     assert [result.metrics["tuning_steps"] for result in results] == [150, 150]
     assert content(results[0]) == content(results[1])
+
+
+@needs_onnx_tuning
+@pytest.mark.parametrize("last", ["convolution", "rearranged"])
+def test_a_graph_whose_only_output_is_a_map(tmp_path, last):
+    """As those of segmentation and of super-resolution are."""
+    made = deep()
+    for name in ("relu three", "pool"):
+        made.graph.node.remove(node(made, name))
+    made.graph.output.pop()
+    if last == "convolution":
+        node(made, "three").output[0] = "y"
+        made.graph.output.append(value("y", "n", 10, "h", "w"))
+    else:
+        made.graph.node.append(helper.make_node("Transpose", ["c3"], ["y"], perm=[0, 1, 3, 2]))
+        made.graph.output.append(value("y", "n", 10, "w", "h"))
+    decision = compress(made, tmp_path, None).metrics["decisions"][-1]
+    assert (decision["what"], decision["kept"]) == ("tuning", True)
 
 
 @needs_onnx_tuning

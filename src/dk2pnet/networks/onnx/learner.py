@@ -241,7 +241,7 @@ class AsTorch:
             if node in first or any(each in behind for each in node.all_input_nodes):
                 behind.add(node)
                 value = values.get(node)
-                if isinstance(value, Tensor) and _is_map(value):
+                if node.op != "output" and isinstance(value, Tensor) and _is_map(value):  # a single one is its value
                     last[tuple(value.shape[2:])] = node
         wanted = [*last.values(), *(self.nodes[name] for name in outputs)]
         names = []
