@@ -306,6 +306,25 @@ def test_damaged_files(tmp_path):
     refused(save(small(opset=6), tmp_path), "operator set 6; expected 7 or newer")
 
 
+@pytest.mark.parametrize("text", ["relu two", "Relu", "w2", "c1", "net", "pads", "n"])
+def test_names_that_are_no_text(tmp_path, text):
+    """Protobuf gives them as bytes, wherever they are."""
+    content = small().SerializeToString()
+    at = content.index(text.encode())
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content[:at] + b"\xff" * len(text) + content[at + len(text) :])
+    refused(path, r"holds a text that is no UTF-8 \(\w+\.\w+\); the file is damaged")
+
+
+def test_remarks_in_another_encoding(tmp_path):
+    content = small().SerializeToString().replace(b"somebody", "s\xf6mebody".encode("latin-1"))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    graph = read_onnx(path)
+    assert graph.proto.producer_name == "s\ufffdmebody"
+    run(rewrite(graph, exact(graph), {}), images((8, 8))[0])
+
+
 def test_tensors_that_are_not_what_they_declare(tmp_path):
     made = small()
     found = next(each for each in made.graph.initializer if each.name == "w2")

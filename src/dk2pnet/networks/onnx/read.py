@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
@@ -70,12 +71,33 @@ def _parse(path: Path) -> ModelProto:
         proto.ParseFromString(content)
     except Exception as error:
         raise InputError(f"{path} is no ONNX file, or it is cut off or damaged; expected a whole ONNX file") from error
+    _check_texts(proto, path)
     if not proto.HasField("graph") or not proto.graph.node:
         raise InputError(f"{path} holds no graph, or an empty one; expected an ONNX file with a network")
     opset = next((entry.version for entry in proto.opset_import if entry.domain in OURS), 0)
     if opset < _OPSET:
         raise InputError(f"{path} has operator set {opset}; expected {_OPSET} or newer: convert it with onnx")
     return proto
+
+
+# What nothing refers to: some converters write it in an encoding of their country.
+_REMARKS = ("doc_string", "producer_name", "producer_version", "metadata_props", "key", "value")
+
+
+def _check_texts(message: Any, path: Path, within: str = "model") -> None:
+    """Refuse names that are no UTF-8, which protobuf gives as bytes; mend remarks that are none."""
+    for field, value in message.ListFields():
+        many = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        if field.message_type is not None:
+            for each in value if many else [value]:
+                _check_texts(each, path, field.name)
+        elif field.type == field.TYPE_STRING and any(isinstance(each, bytes) for each in (value if many else [value])):
+            if field.name not in _REMARKS or many:
+                raise InputError(
+                    f"{path} holds a text that is no UTF-8 ({within}.{field.name}); the file is damaged: fetch it "
+                    "again, or export it anew"
+                )
+            setattr(message, field.name, value.decode("utf-8", "replace"))
 
 
 def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
