@@ -132,6 +132,19 @@ def test_every_form_is_the_convolution_with_the_folded_weight(case, dtype, memor
     assert_forms(arguments, layer, x)
 
 
+@few
+@given(cases(), st.integers(0, 99))
+def test_fx_follows_every_form(case, seed):
+    """As `create_feature_extractor`, quantisation and other tools do."""
+    arguments, counts, size = case
+    layer = make(arguments, counts, seed)
+    x = torch.randn(2, arguments["in_channels"], *size, dtype=torch.float64)
+    for form in FORMS:
+        layer.form = form
+        with torch.no_grad():
+            assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))
+
+
 @exact
 @given(cases(), st.integers(0, 99))
 def test_fold_is_the_sum_over_kernels(case, seed):

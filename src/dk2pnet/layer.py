@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
 
 from dk2pnet.decompose.solve import Factors, solve
 from dk2pnet.errors import InputError
@@ -229,7 +230,7 @@ class DKConv2d(nn.Module):
         kernels, source = self.kernels.flatten(1), self.source
         if groups > 1:
             kernels, source = kernels[self._group_order], source[self._group_order]
-        columns = self.combination.view(groups, width, -1).transpose(1, 2).reshape(len(source), width)
+        columns = self.combination.view(groups, width, -1).transpose(1, 2).reshape(self._branches[-1].stop, width)
         blocks = columns.unsqueeze(2) * kernels.unsqueeze(1)  # (R, N / groups, kh kw)
         weight = blocks.new_zeros(self.in_channels, width, kernels.shape[1]).index_add(0, source, blocks)
         weight = weight.view(groups, -1, width, kernels.shape[1]).transpose(1, 2)
@@ -259,9 +260,10 @@ class DKConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x (B, C, H, W)`` (or ``(C, H, W)``) in the chosen form."""
-        if x.shape[-3] != self.in_channels:  # a gather would pass over channels too many
+        known = not isinstance(x, Proxy)  # `torch.fx` follows with something that has no shape: it takes (B, C, H, W)
+        if known and x.shape[-3] != self.in_channels:  # a gather would pass over channels too many
             raise RuntimeError(f"expected {self.in_channels} input channels, but the input has shape {tuple(x.shape)}")
-        unbatched = x.dim() == 3
+        unbatched = known and x.dim() == 3
         if unbatched:
             x = x.unsqueeze(0)
         padding: Any = self.padding
@@ -274,8 +276,8 @@ class DKConv2d(nn.Module):
         elif self._form == "gathered":
             order = self._group_order
             x, kernels = _gathered(x, self.source[order]), self.kernels[order]
-            x = F.conv2d(x, kernels, None, self.stride, padding, self.dilation, len(kernels))
-            y = self._combine(x, self.combination, self.bias)
+            x = F.conv2d(x, kernels, None, self.stride, padding, self.dilation, self._branches[-1].stop)
+            y = self._combine(x, self.combination, self.bias, self._branches[-1].stop)
         else:
             y = self._concatenated(x, padding)
         return y.squeeze(0) if unbatched else y
@@ -297,7 +299,7 @@ class DKConv2d(nn.Module):
             width = (branch.stop - branch.start) // self.groups
             combination = self.combination[:, column : column + width]
             bias = self.bias if number == 0 else None
-            part = self._combine(self._extract(number, x, padding), combination, bias)
+            part = self._combine(self._extract(number, x, padding), combination, bias, branch.stop - branch.start)
             result = part if result is None else result + part
             column += width
         assert result is not None
@@ -308,11 +310,11 @@ class DKConv2d(nn.Module):
         extracted = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         if self.groups > 1:
             extracted = extracted.index_select(1, self._group_order)
-        return self._combine(extracted, self.combination, self.bias)
+        return self._combine(extracted, self.combination, self.bias, self._branches[-1].stop)
 
-    def _combine(self, extracted: Tensor, combination: Tensor, bias: Tensor | None) -> Tensor:
-        """Feature combination: a 1x1 convolution, grouped as the layer is."""
-        if combination.shape[1] > 1 or self.groups in (1, self.out_channels):
+    def _combine(self, extracted: Tensor, combination: Tensor, bias: Tensor | None, kernels: int) -> Tensor:
+        """Feature combination of so many kernels' maps: a 1x1 convolution, grouped as the layer is."""
+        if kernels > self.groups or self.groups in (1, self.out_channels):
             return F.conv2d(extracted, combination, bias, groups=self.groups)
         # One kernel per group would make the 1x1 a depthwise convolution with a multiplier, slow everywhere.
         repeated = extracted.repeat_interleave(self.out_channels // self.groups, 1)
@@ -439,7 +441,8 @@ def set_fast_form(model: nn.Module, device: torch.device) -> None:
 
 def _gathered(x: Tensor, channels: Tensor) -> Tensor:
     """Channels of ``x (B, C, H, W)`` in the memory format that x has: `index_select` leaves channels last."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    known = not isinstance(x, Proxy)
+    last = known and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     found: Tensor = _GatherLast.apply(x, channels) if last else x.index_select(1, channels)
     return found
 
