@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
@@ -117,6 +120,40 @@ def test_files_that_are_not_there_or_something_else(tmp_path):
     for name in ("none", "text", "empty", "cut", "array"):
         with pytest.raises(InputError, match=f"{name}.npz cannot be read as .npz .*expected one array per input"):
             read_arrays(tmp_path / f"{name}.npz", INPUTS)
+
+
+def spoilt(content, change):
+    """A zip file with one change to the header of its first entry, there and in the list at the end."""
+    content, listed = bytearray(content), content.rfind(b"PK\x01\x02")
+    place = {"encrypted": 6, "of another method": 8}[change]
+    for at in (place, listed + place + 2):
+        content[at] = content[at] | 1 if change == "encrypted" else 99
+    return bytes(content)
+
+
+def test_files_that_numpy_cannot_read(tmp_path):
+    """Each of them ends in another kind of exception."""
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=weights(40, 3, 4, 4))
+    whole = path.read_bytes()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 3, 4, 4)})
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as file:
+        file.writestr("x.npy", header.getvalue())
+    files = {
+        "encrypted": spoilt(whole, "encrypted"),
+        "another method": spoilt(whole, "of another method"),
+        "corrupt": whole[:200] + bytes(800) + whole[1000:],
+        "huge": (tmp_path / "huge.npz").read_bytes(),
+    }
+    for content in files.values():
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="x.npz cannot be read as .npz .*expected one array per input"):
+            read_arrays(path, INPUTS)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("x.txt", "hello")
+    with pytest.raises(InputError, match="holds 'x.txt', which is no array; expected what numpy.savez writes"):
+        read_arrays(path, INPUTS)
 
 
 def test_noise_in_declared_shapes():

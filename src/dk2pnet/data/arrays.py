@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +90,14 @@ def read_arrays(path: str | Path, inputs: Sequence[Input]) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except Exception as error:  # numpy has no list of its own: damaged, encrypted, larger than the memory, ...
         raise InputError(
             f"{path} cannot be read as .npz ({first_line(error)}); expected one array per input of the graph, "
             "saved by numpy.savez"
         ) from error
+    foreign = [name for name, array in held.items() if not isinstance(array, np.ndarray)]
+    if foreign:
+        raise InputError(f"{path} holds {foreign[0]!r}, which is no array; expected what numpy.savez writes")
     names = [value.name for value in inputs]
     if len(inputs) == len(held) == 1:  # then there is no doubt
         held = {names[0]: next(iter(held.values()))}
