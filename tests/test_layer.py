@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dk2pnet.deploy.emit import plain_model
 from dk2pnet.errors import InputError
 from dk2pnet.layer import FORMS, DKConv2d, set_form
 
@@ -499,13 +500,15 @@ def test_one_count_may_be_any_whole_number():
     assert DKConv2d(4, 8, 3, counts=np.int64(2)).counts == [2] * 4
 
 
-def test_padding_that_was_set_afterwards_pads_as_the_convolution_does():
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_padding_that_was_set_afterwards_pads_as_the_convolution_does(mode):
     """PyTorch works out once how much it pads when the padding is not zeros."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")
+    conv = nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode)
     conv.dilation = conv.padding = (2, 2)
     layer, x = DKConv2d.from_dense(conv, 9), torch.randn(2, 4, 8, 8)
     for form in FORMS:
         layer.form = form
         torch.testing.assert_close(layer(x), conv(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.to_dense()(x), conv(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain_model(nn.Sequential(layer))(x), conv(x), rtol=1e-4, atol=1e-5)

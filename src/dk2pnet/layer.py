@@ -27,7 +27,7 @@ from torch.fx import Proxy
 from dk2pnet.decompose.solve import Factors, solve
 from dk2pnet.errors import InputError
 
-__all__ = ["FORMS", "DKConv2d", "arguments_of", "set_fast_form", "set_form"]
+__all__ = ["FORMS", "DKConv2d", "arguments_of", "padding_of", "set_fast_form", "set_form"]
 
 # Multiply-adds of a dense product in whose time a CPU does one of a depthwise convolution.
 _DEPTHWISE = 112
@@ -130,7 +130,7 @@ class DKConv2d(nn.Module):
         self.dilation = conv.dilation
         self.groups = conv.groups
         self.padding_mode = conv.padding_mode
-        self._pad_outside = tuple(conv._reversed_padding_repeated_twice)
+        self._reversed_padding_repeated_twice = list(conv._reversed_padding_repeated_twice)  # as PyTorch calls it
 
     @property
     def form(self) -> str:
@@ -199,7 +199,7 @@ class DKConv2d(nn.Module):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
         )
-        layer._pad_outside = tuple(conv._reversed_padding_repeated_twice)  # padding set afterwards does not change it
+        layer._reversed_padding_repeated_twice = list(conv._reversed_padding_repeated_twice)  # set when it was made
         return layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
 
     @classmethod
@@ -249,7 +249,7 @@ class DKConv2d(nn.Module):
             device=self.kernels.device,
             dtype=self.kernels.dtype,
         )
-        conv._reversed_padding_repeated_twice = list(self._pad_outside)
+        conv._reversed_padding_repeated_twice = list(self._reversed_padding_repeated_twice)
         with torch.no_grad():
             conv.weight.copy_(self.fold())
             if self.bias is not None and conv.bias is not None:
@@ -268,7 +268,7 @@ class DKConv2d(nn.Module):
             x = x.unsqueeze(0)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._pad_outside, mode=self.padding_mode), 0
+            x, padding = F.pad(x, padding_of(self), mode=self.padding_mode), 0
         if self._form == "folded":
             y = F.conv2d(x, self.fold(), self.bias, self.stride, padding, self.dilation, self.groups)
         elif self._form == "branches" and self._even:
@@ -367,6 +367,21 @@ def arguments_of(conv: nn.Conv2d | DKConv2d) -> dict[str, Any]:
     """What makes another convolution of the same geometry: all arguments but bias, device and dtype."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(conv, name) for name in names}
+
+
+def padding_of(conv: nn.Conv2d | DKConv2d) -> list[int]:
+    """What the input is padded with: left, right, top, bottom, as `F.pad` takes it.
+
+    By the layer's present attributes: libraries of segmentation change padding and dilation after the layer was made.
+    """
+    if conv.padding_mode != "zeros":  # then PyTorch too pads by what it worked out when the layer was made
+        return list(conv._reversed_padding_repeated_twice)
+    padding: Any = conv.padding
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    sides = (0, 0) if isinstance(padding, str) else padding
+    return [int(side) for side in reversed(sides) for _ in range(2)]
 
 
 def set_form(model: nn.Module, form: str) -> None:

@@ -33,7 +33,7 @@ def layers(draw):
             left -= group[-1]
         counts += group
     torch.manual_seed(draw(st.integers(0, 99)))
-    return DKConv2d(
+    layer = DKConv2d(
         width * groups,
         rows * groups,
         kernel,
@@ -45,6 +45,10 @@ def layers(draw):
         counts=counts,
         form="folded",
     ).eval()
+    if draw(st.booleans()):  # as libraries of segmentation change their encoders
+        layer.padding, layer.dilation = draw(st.sampled_from([(2, 2), (2, 1), "same"])), (2, 2)
+        layer.stride = (1, 1) if layer.padding == "same" else layer.stride
+    return layer
 
 
 @given(layers(), st.sampled_from(EMITTED))

@@ -28,7 +28,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from dk2pnet.errors import InputError
-from dk2pnet.layer import DKConv2d
+from dk2pnet.layer import DKConv2d, padding_of
 from dk2pnet.modules import copy_model, replace_modules
 
 __all__ = [
@@ -194,8 +194,7 @@ class PlainLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.padding_mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
-        around = geometry._pad_outside if isinstance(geometry, DKConv2d) else geometry._reversed_padding_repeated_twice
-        left, right, top, bottom = around
+        left, right, top, bottom = padding_of(geometry)
         # Symmetric zeros are the convolution's own; the rest is padded once, not once per branch.
         inside = self.padding_mode == "constant" and left == right and top == bottom
         self.pad_outside = None if inside else [left, right, top, bottom]
@@ -257,7 +256,7 @@ def emit_nodes(
     """
     if layer.padding_mode != "zeros":
         raise InputError(f"padding mode {layer.padding_mode!r} cannot be written as ONNX nodes; export from PyTorch")
-    left, right, top, bottom = layer._pad_outside
+    left, right, top, bottom = padding_of(layer)
     around = list(pads) if pads is not None else [top, left, bottom, right]
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []

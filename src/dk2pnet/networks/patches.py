@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dk2pnet.decompose.moments import Moments
+from dk2pnet.layer import padding_of
 
 __all__ = ["geometry_of", "in_groups", "input_patches", "patches_of", "sampled_outputs", "uniform_of"]
 
@@ -24,7 +25,7 @@ def input_patches(conv: nn.Conv2d, x: Tensor, index: int | np.ndarray = 0, posit
     row, or is that of the first row.
     """
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    x = F.pad(x, _padding(conv), mode=mode)
+    x = F.pad(x, padding_of(conv), mode=mode)
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
     width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
@@ -82,18 +83,6 @@ def geometry_of(conv: nn.Conv2d) -> tuple[int, int, int]:
     """groups, C q, N."""
     kh, kw = conv.kernel_size
     return conv.groups, conv.in_channels // conv.groups * kh * kw, conv.out_channels // conv.groups
-
-
-def _padding(conv: nn.Conv2d) -> list[int]:
-    """What `conv` pads its input with, for `F.pad`; by its present attributes, which may have been changed."""
-    if conv.padding_mode != "zeros":  # then PyTorch too pads by what it worked out when the layer was made
-        return conv._reversed_padding_repeated_twice
-    padding = conv.padding
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-    sides = (0, 0) if isinstance(padding, str) else padding
-    return [int(side) for side in reversed(sides) for _ in range(2)]
 
 
 def _bytes_needed(conv: nn.Conv2d, gradients: bool) -> int:
