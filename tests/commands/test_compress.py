@@ -621,6 +621,36 @@ def test_a_network_of_chance_is_refused_before_the_work():
         compress(model, X, "kernels=1", criterion="response", tune=0)
 
 
+class Hooked(nn.Module):
+    """Takes its maps by hooks that have captured the network, or that are given it."""
+
+    def __init__(self, captured):
+        super().__init__()
+        self.body, self.maps = net(), {}
+        hook = (lambda module, args, output: self.maps.update(last=output)) if captured else self.take
+        self.body[8].register_forward_hook(hook)
+
+    def take(self, module, args, output):
+        self.maps["last"] = output
+
+    def forward(self, x):
+        self.body(x)
+        return self.body[11](self.maps["last"].mean((2, 3)))
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["fresh", "used before"])
+def test_a_network_whose_copy_is_not_one_of_its_own_is_refused(ran):
+    for captured in (True, False):
+        model = Hooked(captured).eval()
+        if ran:
+            model(torch.cat(X))
+        if captured:
+            with pytest.raises(InputError, match="a copy of Hooked answers otherwise than the network itself: a hook"):
+                compress(model, X, "kernels=1", criterion="response", tune=0)
+        else:  # a method is bound to the copy
+            assert compress(model, X, "kernels=1", criterion="response", tune=0).metrics["student"]
+
+
 class Dropped(nn.Module):
     """Dropout that forgets to ask for the mode."""
 

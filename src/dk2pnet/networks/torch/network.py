@@ -135,6 +135,8 @@ class TorchNetwork:
         except InputError:
             raise
         except Exception as error:  # whatever the network itself raises
+            if self._answers_of_the_original() is not None:
+                raise self._captured() from error
             kinds = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
             if len(kinds) == 1 and kinds != {self.example.dtype}:
                 raise InputError(
@@ -150,7 +152,45 @@ class TorchNetwork:
                 "the network gives other outputs each time for the same image, also in evaluation mode, so nothing can "
                 "be compared with it; look for dropout without training=self.training"
             )
+        self._check_copy()
         return found
+
+    def _check_copy(self) -> None:
+        """Refuse a network whose copy is not one of its own: hooks and functions in it that captured the original
+        change the original's attributes, and the copy goes on answering by what those were when it was made."""
+        original = self._answers_of_the_original()
+        if original is None:
+            return
+        for x, wanted in zip(self._two_inputs(), original, strict=True):
+            copied = predict(self.model, [(x, None)], self.device).outputs
+            same = len(copied) == len(wanted.outputs)
+            if not same or not all(_alike(a, b) for a, b in zip(wanted.outputs, copied, strict=True)):
+                raise self._captured()
+
+    def _two_inputs(self) -> list[Tensor]:
+        noise = torch.randn(self.example.shape, generator=torch.Generator().manual_seed(0))
+        return [self.example, noise.to(self.example)]
+
+    def _answers_of_the_original(self) -> list[Predictions] | None:
+        """None where it cannot run either."""
+        if self.given is None:
+            return None
+        try:
+            return [predict(self.given, [(x, None)], self.home) for x in self._two_inputs()]
+        except Exception:
+            return None
+
+    def _captured(self) -> InputError:
+        return InputError(
+            f"a copy of {type(self.given).__name__} answers otherwise than the network itself: a hook or a function in "
+            "it has captured the original, as forward hooks that write to self do, so that no student could be told "
+            "apart from it; let it take its feature maps in forward()"
+        )
+
+    @property
+    def home(self) -> torch.device:
+        """Where the network that was given lies."""
+        return next((p.device for p in (self.given or self.model).parameters()), torch.device("cpu"))
 
     def one_at_a_time(self) -> bool:
         """A module takes any number."""
@@ -331,8 +371,7 @@ class TorchNetwork:
         """The module, on the device of the one that was given."""
         self.model.eval()
         set_form(self.model, "branches")
-        home = next((p.device for p in (self.given or self.model).parameters()), torch.device("cpu"))
-        return self.model.to(home)
+        return self.model.to(self.home)
 
 
 @dataclass
