@@ -621,6 +621,15 @@ def test_a_network_of_chance_is_refused_before_the_work():
         compress(model, X, "kernels=1", criterion="response", tune=0)
 
 
+def test_forgotten_weights_are_told_of(tmp_path, caplog):
+    torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
+    for weights in (None, str(tmp_path / "lenet.pth")):
+        caplog.clear()
+        found = compress("lenet", budget="kernels=1", criterion="weight", example_input=ONE, weights=weights)
+        said = any("lenet has random weights, as no --weights are given" in note for note in found.metrics["notes"])
+        assert said == ("random weights" in caplog.text) == (weights is None)
+
+
 class Hooked(nn.Module):
     """Takes its maps by hooks that have captured the network, or that are given it."""
 

@@ -106,7 +106,7 @@ def compress(
         prober = whole.enter_context(Prober(teacher, folder, work))
         figures = Figures(teacher, work)
         stages = [figures.of(teacher.network, "teacher")]
-        decision, notes = None, [teacher.tuning.said] * bool(teacher.tuning.said)
+        decision, notes = None, list(teacher.notes)
         if wanted.in_points:
             decision, probe = decide(wanted, "macs" if chosen.target is None else "latency", prober)
         else:

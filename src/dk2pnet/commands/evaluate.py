@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from dk2pnet.networks.open import (
     normalization_of,
     open_network,
     open_onnx,
+    random_weights,
     warn_of_other_classes,
 )
 from dk2pnet.options import EvaluateOptions
 from dk2pnet.run.run import Run
 
 __all__ = ["evaluate"]
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -43,6 +47,8 @@ def _of_torch(model: str, data: str, chosen: EvaluateOptions, run: Run) -> dict[
     network = open_network(
         model, weights=chosen.weights, normalize=chosen.normalize, data=images, classes=chosen.classes
     )
+    if random := random_weights(model, chosen.weights):
+        _log.warning("%s", random)
     if network.normalization is None:
         raise InputError(
             "the normalisation that the network was trained with is not known; give it with --normalize "

@@ -100,7 +100,7 @@ def explore(
             scale = _Scale(teacher, work)
         timer = _Timer(teacher, work) if processes.is_main() else None
         rows = []
-        notes = [teacher.tuning.said] * bool(teacher.tuning.said)
+        notes = list(teacher.notes)
         for number, budget in enumerate(wanted):
             work.progress(f"exploring {budget}", number, len(wanted))
             try:

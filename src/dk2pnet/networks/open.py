@@ -28,6 +28,7 @@ __all__ = [
     "open_network",
     "open_onnx",
     "open_with_data",
+    "random_weights",
     "warn_of_other_classes",
 ]
 
@@ -154,6 +155,15 @@ def load_data(
     if not has_split(name, split, data_dir):
         return None
     return load(name, split, data_dir=data_dir, size=size, channels=channels)
+
+
+def random_weights(model: str | Path | nn.Module, weights: str | None) -> str:
+    """What is to be said of a network that was asked for by its name alone; "" of all others."""
+    name = str(model)
+    known = isinstance(model, nn.Module) or weights is not None or is_onnx_file(model) or is_saved(name)
+    if known or ".py:" in name:  # whose function may have loaded some
+        return ""
+    return f"{name} has random weights, as no --weights are given: what it answers means nothing"
 
 
 def warn_of_other_classes(data: ImageData, outputs: list[Tensor]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Site
-from dk2pnet.networks.open import is_onnx_file, load_data, open_with_data, warn_of_other_classes
+from dk2pnet.networks.open import is_onnx_file, load_data, open_with_data, random_weights, warn_of_other_classes
 from dk2pnet.options import CompressOptions, ExploreOptions
 from dk2pnet.run.run import Run
 from dk2pnet.students.tuning_steps import Tuning, tuning_of
 from dk2pnet.training.checkpoint import digest_of
 
 __all__ = ["Teacher", "check_for_onnx"]
+
+_log = logging.getLogger(__name__)
 
 
 def check_for_onnx(model: object, options: CompressOptions | ExploreOptions) -> None:
@@ -46,7 +49,7 @@ class Teacher:
     it are made.
 
     `named`: the data set that calibrates, None for a user's own batches or arrays; `learner`: None where no student is
-    tuned, for the reason in ``tuning.said``.
+    tuned, for the reason in ``tuning.said``; `notes`: what the results have to say of it.
     """
 
     network: Network
@@ -58,6 +61,7 @@ class Teacher:
     learner: Learner | None
     named: str | None
     options: CompressOptions | ExploreOptions
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -105,7 +109,11 @@ class Teacher:
                 learner = network.learner(samples, {site.name: site for site in sites if not site.reason}, run)
             except NotLearnable as reason:
                 tuning = Tuning(said=f"no tuning: the graph cannot be had as a PyTorch module, {reason}")
-        return cls(network, samples, held, sites, criterion, tuning, learner, named, options)
+        random = random_weights(model, options.weights)
+        if random:
+            _log.warning("%s", random)
+        notes = [said for said in (random, tuning.said) if said]
+        return cls(network, samples, held, sites, criterion, tuning, learner, named, options, notes)
 
     @property
     def target(self) -> str:
