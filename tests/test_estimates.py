@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dk2pnet.errors import InputError
 from dk2pnet.estimates import accuracy_drop, disagreement, estimate, output_error
-from dk2pnet.measure import Predictions
+from dk2pnet.measure import Predictions, squared_error
 
 
 def answers(right, labels=True):
@@ -79,8 +81,29 @@ def test_disagreement_has_the_wilson_interval():
 def test_errors_of_outputs_are_relative_to_the_teachers_energy():
     teacher = Predictions([torch.tensor([[3.0], [4.0]]), torch.zeros(2, 1, 2)], None)
     student = Predictions([torch.tensor([[3.0], [3.0]]), torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])], None)
-    assert output_error(teacher, student).value == pytest.approx(2 / 25)
-    assert output_error(teacher, teacher).value == 0
+    # The mean of 1/25 and 1/25: where the teacher is silent an error counts over the energy of all outputs.
+    assert output_error(teacher, student).value == pytest.approx(1 / 25)
+    assert squared_error(teacher, student) == pytest.approx(1 / 25)
+    assert output_error(teacher, teacher).value == squared_error(teacher, teacher) == 0
+
+
+@settings(deadline=None)
+@given(st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_the_unit_of_an_output_changes_nothing(unit, seed):
+    """Boxes in pixels do not hide scores."""
+    random = torch.Generator().manual_seed(seed)
+    boxes, scores, wrong = (torch.randn(40, 3, generator=random, dtype=torch.float64) for _ in range(3))
+    found = []
+    for scale in (1.0, unit):
+        teacher = Predictions([scale * boxes, scores], None)
+        student = Predictions([scale * (boxes + wrong / 9), scores + wrong], None)
+        found.append((squared_error(teacher, student), *estimate_of(output_error(teacher, student))))
+    assert found[0] == pytest.approx(found[1])
+    assert found[0][0] == pytest.approx(found[0][1])
+
+
+def estimate_of(found):
+    return found.value, found.low, found.high
 
 
 @pytest.mark.parametrize("n", [30, 100])

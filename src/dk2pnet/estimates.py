@@ -93,15 +93,16 @@ def disagreement(teacher: Predictions, student: Predictions) -> Estimate:
 
 
 def output_error(teacher: Predictions, student: Predictions) -> Estimate:
-    """Squared error of the outputs over the teacher's energy; the interval by the delta method over images."""
+    """Squared error over the teacher's energy, the mean over the outputs; the interval by the delta method."""
     pairs = list(zip(teacher.outputs, student.outputs, strict=True))
-    # An output may hold -inf by intention, as a mask.
-    known = [torch.where(t.isfinite(), t, 0.0) for t, _ in pairs]
-    errors = torch.stack([_per_image(torch.where(t.isfinite(), t - s, 0.0)) for t, s in pairs]).sum(0)
-    energies = torch.stack([_per_image(each) for each in known]).sum(0)
-    total = float(energies.sum().clamp_min(1e-30))
-    value = float(errors.sum()) / total
-    reach = _Z * float((errors - value * energies).square().sum().sqrt()) / total
+    # (outputs, images); an output may hold -inf by intention, as a mask.
+    errors = torch.stack([_per_image(torch.where(t.isfinite(), t - s, 0.0)) for t, s in pairs])
+    energies = torch.stack([_per_image(torch.where(t.isfinite(), t, 0.0)) for t, _ in pairs])
+    totals = energies.sum(1, keepdim=True)
+    totals = torch.where(totals > 0, totals, totals.sum().clamp_min(1e-30))  # as `measure.squared_error`
+    values = errors.sum(1, keepdim=True) / totals
+    value = float(values.mean())
+    reach = _Z * float(((errors - values * energies) / totals).mean(0).square().sum().sqrt())
     return Estimate(value, max(value - reach, 0.0), value + reach, len(teacher))
 
 

@@ -261,7 +261,11 @@ def divergence(teacher: Predictions, student: Predictions) -> float:
 
 
 def squared_error(teacher: Predictions, student: Predictions) -> float:
-    """Squared error of all outputs over the teacher's energy. Infinite when the student's are not finite."""
-    error = sum(float((t - s).double().square().sum()) for t, s in zip(teacher.outputs, student.outputs, strict=True))
-    value = error / max(sum(float(t.double().square().sum()) for t in teacher.outputs), 1e-30)
+    """Squared error over the teacher's energy, the mean over the outputs: boxes in pixels must not hide the scores.
+
+    Of an output in which the teacher is silent: over the energy of all. Infinite when the student's are not finite.
+    """
+    errors = [float((t - s).double().square().sum()) for t, s in zip(teacher.outputs, student.outputs, strict=True)]
+    energies = [float(t.double().square().sum()) for t in teacher.outputs]
+    value = sum(e / (own or sum(energies) or 1e-30) for e, own in zip(errors, energies, strict=True)) / len(errors)
     return value if value == value else float("inf")

@@ -577,7 +577,7 @@ def _comparable(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
 
 
 def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Tensor:
-    """Softened logits for a classifier, else the squared error relative to the teacher's energy."""
+    """Softened logits for a classifier, else the squared error over the teacher's energy, the mean over outputs."""
     if is_classifier(wanted):
         if not _comparable(outputs, wanted):
             raise InputError(
@@ -590,8 +590,8 @@ def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Ten
             f"the network gives {len(outputs)} outputs while it trains and the teacher {len(wanted)}, or they differ "
             "in shape, so it cannot teach them; use hints alone (no labels, tuning), or --tune 0"
         )
-    error = torch.stack([(a.float() - b.float()).square().sum() for a, b in zip(outputs, wanted, strict=True)]).sum()
-    return error / torch.stack([b.float().square().sum() for b in wanted]).sum().clamp_min(1e-12)
+    pairs = [(a.float(), b.float()) for a, b in zip(outputs, wanted, strict=True)]
+    return torch.stack([(a - b).square().sum() / b.square().sum().clamp_min(1e-12) for a, b in pairs]).mean()
 
 
 def _stop(

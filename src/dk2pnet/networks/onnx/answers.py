@@ -67,17 +67,19 @@ class OnnxPredictions(Predictions):
 
 
 def errors_of(teacher: Predictions, student: Predictions) -> dict[str, float]:
-    """By output: the squared error relative to the output's energy, 1 where the shapes differ."""
+    """By output: the squared error relative to the output's energy (to that of all outputs where the teacher is silent
+    in it), 1 where the shapes differ."""
     assert isinstance(teacher, OnnxPredictions)
     assert isinstance(student, OnnxPredictions)
-    errors = {}
+    errors, energies = {}, {}
     for number, name in enumerate(teacher.names):
         off = energy = 0.0
         for expected, given in zip(teacher.parts, student.parts, strict=True):
             e, o = _difference(expected[number], given[number])
             off, energy = off + o, energy + e
-        errors[name] = off / max(energy, 1e-300) if np.isfinite(off) else math.inf
-    return errors
+        errors[name], energies[name] = off if np.isfinite(off) else math.inf, energy
+    total = sum(energies.values()) or 1e-300
+    return {name: off / (energies[name] or total) for name, off in errors.items()}
 
 
 def mean_error(teacher: Predictions, student: Predictions) -> float:
