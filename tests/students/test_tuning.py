@@ -429,10 +429,33 @@ def test_what_another_network_or_other_images_left_is_not_gone_on_with(tmp_path,
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_loader_that_shuffles_is_warned_of(shuffle, caplog):
-    images = TensorDataset(torch.cat(X))
-    user_samples(DataLoader(images, batch_size=32, shuffle=shuffle), None, 100)
-    assert ("other images in every pass" in caplog.text) == shuffle
+def test_a_loader_that_shuffles_is_read_once(shuffle):
+    """So the images that decide are kept apart, and labels belong to the images that they came with."""
+    numbers = torch.arange(150)
+    images = numbers.float().view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    loader = DataLoader(TensorDataset(images, numbers), batch_size=32, shuffle=shuffle)
+    samples = user_samples(loader, loader, 100, loader)
+
+    def passes(batches):
+        return [[int(n) for x, _ in batches for n in x[:, 0, 0, 0]] for _ in range(2)]
+
+    parts = {name: passes(getattr(samples, name)) for name in ("gather", "held_out", "test", "decide")}
+    assert all(once == again for once, again in parts.values())
+    gather, held_out = (set(parts[name][0]) for name in ("gather", "held_out"))
+    assert (len(gather), len(held_out), len(gather | held_out)) == (80, 20, 100)
+    assert (sorted(gather | held_out) == list(range(100))) != shuffle
+    assert sorted(parts["test"][0]) == sorted(parts["decide"][0]) == list(range(150))
+    assert all(torch.equal(x[:, 0, 0, 0].long(), y) for x, y in samples.test)
+    passed = passes(samples.train)
+    assert (passed[0] == passed[1]) != shuffle
+
+
+def test_a_loader_that_shuffles_more_than_fits_is_refused():
+    loader = DataLoader(TensorDataset(torch.randn(150, 3, 4, 4)), batch_size=32, shuffle=True)
+    with pytest.raises(
+        InputError, match="test_data gives other images in every pass, .* 128 images take 0.0 GiB; give"
+    ):
+        user_samples(X, loader, 100, memory=100 * 3 * 16 * 4)
 
 
 def test_images_that_come_one_by_one_are_put_into_batches(monkeypatch):

@@ -7,6 +7,7 @@ kept apart from both, and a sample is in one part only.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dk2pnet import processes
 from dk2pnet.data.arrays import ArrayBatches, Arrays, Feed
 from dk2pnet.data.images import ImageData, Normalization, batch_size_for, generator_for
 from dk2pnet.data.sources import has_split, load
@@ -162,14 +164,27 @@ def user_samples(
     count: int,
     holdout: Iterable[Any] | None = None,
     batching: Batching = Batching(),
+    memory: float = math.inf,
 ) -> Samples:
-    """From a user's own batches. Without `holdout` the held-out images decide on budgets in points."""
-    batches = UserBatches(data)
-    if not batches.steady():
-        _log.warning(
-            "data gives other images in every pass, so the images that decide are not kept apart and the teacher's "
-            "answers belong to others; give batches without shuffling or random augmentation"
-        )
+    """From a user's own batches. Without `holdout` the held-out images decide on budgets in points.
+
+    What gives other images in every pass, as a loader that shuffles does, is read once and kept in `memory` bytes: the
+    images that decide are kept apart, and answers and labels belong to the images that they were made of.
+    """
+
+    def same(data: Iterable[Any], what: str, most: int | None = None) -> UserBatches:
+        batches = UserBatches(data)
+        if batches.steady():
+            return batches
+        if not processes.is_alone():
+            raise InputError(
+                f"{what} gives other images in every pass, and in every process; give batches without shuffling or "
+                "random augmentation"
+            )
+        _log.info("%s gives other images in every pass: it is read once, and kept", what)
+        return batches.read_once(most, memory, what)
+
+    batches = same(data, "data", count)
 
     def of(batches: Batches, rest: bool = False) -> Batches:
         return Whole(batches, batching.size, rest) if batching.fixed and batching.size else batches
@@ -181,10 +196,10 @@ def user_samples(
         held_out,
         counts,
         gather,
-        held_out if holdout is None else of(UserBatches(holdout), rest=True),
+        held_out if holdout is None else of(same(holdout, "holdout"), rest=True),
         "the held-out calibration images" if holdout is None else "the holdout batches",
-        None if test_data is None else of(UserBatches(test_data)),
-        batches,
+        None if test_data is None else of(same(test_data, "test_data")),
+        UserBatches(data),
     )
 
 

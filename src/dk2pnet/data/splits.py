@@ -113,6 +113,30 @@ class UserBatches:
         first, again = (next(iter(self))[0] for _ in range(2))
         return first.shape == again.shape and torch.equal(first, again)
 
+    def read_once(self, count: int | None, memory: float, what: str) -> UserBatches:
+        """The first `count` images (None: all) of one pass, in memory, for data that give others in every pass.
+
+        Raises
+        ------
+        InputError
+            When they take more than `memory` bytes.
+        """
+        kept: list[Any] = []
+        images, taken = 0, 0
+        for x, y in self:
+            part = x[: None if count is None else count - images].cpu()
+            kept.append((part, None if y is None else y[: len(part)].cpu()))
+            images, taken = images + len(part), taken + part.numel() * part.element_size()
+            if taken > memory:
+                raise InputError(
+                    f"{what} gives other images in every pass, so it is read once and kept, but {images:,} images take "
+                    f"{taken / 2**30:.1f} GiB; give batches without shuffling or random augmentation, fewer images, or "
+                    "more --memory"
+                )
+            if images == count:
+                break
+        return UserBatches([x if y is None else (x, y) for x, y in kept])
+
     def calibration_split(self, count: int) -> tuple[Iterable[Any], Iterable[Any]]:
         """Split the stream's first ``count`` images: four of five to gather with, every fifth to decide with.
 

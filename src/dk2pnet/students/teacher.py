@@ -230,7 +230,8 @@ def _samples(
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} is for images; the arrays in {data} are fed as they are: leave it away")
         return array_samples(network.arrays(data), count, network.batching)
-    return user_samples(data, getattr(options, "test_data", None), count, holdout, network.batching)
+    test_data = getattr(options, "test_data", None)
+    return user_samples(data, test_data, count, holdout, network.batching, options.memory * 2**30)
 
 
 def _name(model: Any) -> str:
