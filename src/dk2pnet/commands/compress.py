@@ -67,8 +67,8 @@ def compress(
     model : a module, the name of a network (``resnet32``, ``torchvision/resnet18``, ``timm/...``,
         ``FILE.py:FUNCTION``), a folder that dk2pnet wrote, or an ``.onnx`` file. A module given is not changed.
     data : name of a data set, a folder, or a re-iterable of normalised batches ``x`` or ``(x, y)``, x (B, C, H, W),
-        which has to give the same batches in every pass; for an ``.onnx`` file also an ``.npz`` file with one array
-        per input, samples along the first axis
+        read once and kept where it gives others in every pass; for an ``.onnx`` file also an ``.npz`` file with one
+        array per input, samples along the first axis
     budget : ``macs=F``, ``params=F`` or measured ``latency=F`` (fraction of the whole network's) or ``kernels=K`` (per
         input channel); or what may be lost, for the smallest network within it: ``drop=0.5`` points of accuracy,
         ``disagree=2`` percent of other answers than the teacher's, ``error=0.02`` of the outputs (squared, relative)
