@@ -630,6 +630,27 @@ def test_forgotten_weights_are_told_of(tmp_path, caplog):
         assert said == ("random weights" in caplog.text) == (weights is None)
 
 
+class Deciding(nn.Module):
+    """Brightens dark batches first: Python's own control flow, which an export writes as it went once."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return self.body(x * 0.2 + 1 if x.mean() < -0.5 else x)
+
+
+def test_a_file_that_differs_on_held_out_images_is_not_written(tmp_path, no_timing):
+    """On noise it does not."""
+    dark = [x - 2 * (number % 2) for number, x in enumerate(X)]
+    with pytest.raises(InputError, match="on held-out images model.onnx and PyTorch differ by .* use torch.where"):
+        compress(Deciding(), dark, "kernels=1", criterion="response", tune=0, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    bright = [x - x.mean() for x in X]
+    compress(Deciding(), bright, "kernels=1", criterion="response", tune=0, out=tmp_path / "out")
+
+
 class Hooked(nn.Module):
     """Takes its maps by hooks that have captured the network, or that are given it."""
 

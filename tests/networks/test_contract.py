@@ -147,7 +147,7 @@ class Listed:
     def deployable(self, target, forms):
         return self.onnx(forms)
 
-    def save(self, folder, plan, run):
+    def save(self, folder, plan, samples, run):
         (folder / "model.onnx").write_bytes(self.onnx({}))
 
     def save_unfinished(self, folder, plan):

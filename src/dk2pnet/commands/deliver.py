@@ -61,7 +61,7 @@ def deliver(
         for layer in plan.layers:
             layer.form = forms.get(layer.name, layer.form)
         with clock("export"):
-            metrics["student"]["onnx_difference"] = student.save(folder, plan, run)
+            metrics["student"]["onnx_difference"] = student.save(folder, plan, samples, run)
             files = {"teacher": network.onnx({}), "student": (folder / "model.onnx").read_bytes()}
         run.progress("measuring latency", 0, 0)
         timed: Mapping[str, Any] = files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ def train(
                 set_form(net, "branches")
                 net.cpu().eval()
                 try:
-                    figures["onnx_difference"] = write_onnx(net, plan, example.cpu(), new / "model.onnx")
+                    images = [x for x, _ in islice(validation.batches(16, norm), 4)]
+                    difference = write_onnx(net, plan, example.cpu(), new / "model.onnx", images)
+                    figures["onnx_difference"] = difference
                 except InputError as error:  # hours of training are worth keeping without it
                     _log.warning("no model.onnx was written: %s", error)
                     (new / "model.onnx").unlink(missing_ok=True)

@@ -214,8 +214,9 @@ class Network(Protocol):
         """Content of an ONNX file with the same answers."""
         ...
 
-    def save(self, folder: Path, plan: Plan, run: Run) -> float | None:
-        """Write what OUT holds of it: model.onnx, checked (the difference found is returned), plan.json and weights."""
+    def save(self, folder: Path, plan: Plan, samples: Samples | None, run: Run) -> float | None:
+        """Write what OUT holds of it: model.onnx, checked, also on held-out samples (the difference found is returned),
+        plan.json and weights."""
         ...
 
     def save_unfinished(self, folder: Path, plan: Plan) -> None:

@@ -352,8 +352,8 @@ class OnnxNetwork:
                 said.value = json.dumps(self.normalization.to_dict())
         return proto
 
-    def save(self, folder: Path, plan: Plan, run: Run) -> float | None:
-        """model.onnx, proven to compute what it should, and plan.json."""
+    def save(self, folder: Path, plan: Plan, samples: Samples | None, run: Run) -> float | None:
+        """model.onnx, proven to compute what it should, and plan.json. One sample is enough: both are graphs."""
         content, difference = proven(
             self.final(plan.forms), self.proto(), self.graph, self.layers, self.names, self.example, run.threads
         )

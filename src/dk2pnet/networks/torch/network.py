@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ __all__ = ["TorchNetwork"]
 _NORM_IMAGES = 512
 # A start whose outputs are off by more than this (relative squared error) has a longer way to go, in larger steps.
 _FAR, _FAR_RATE = 1 / 3, 3e-2
+# Held-out images by which a file is compared with the network, and how far they may differ (of noise: `check_onnx`).
+_COMPARED, _COMPARED_BATCHES, _TOLERANCE = 16, 4, 1e-3
 _FROZEN_SHARE = 0.3  # the rate with batch norm frozen, as a share of the usual one
 
 
@@ -350,11 +353,12 @@ class TorchNetwork:
         """By PyTorch's exporters."""
         return onnx_bytes(self.model, self.example, forms={**self.forms, **forms})
 
-    def save(self, folder: Path, plan: Plan, run: Run) -> float | None:
+    def save(self, folder: Path, plan: Plan, samples: Samples | None, run: Run) -> float | None:
         """model.onnx, model.safetensors and plan.json."""
         self.model.cpu().eval()
         set_form(self.model, "branches")
-        difference = write_onnx(self.model, plan, self.example.cpu(), folder / "model.onnx")
+        images = () if samples is None else [x[:_COMPARED] for x, _ in islice(samples.held_out, _COMPARED_BATCHES)]
+        difference = write_onnx(self.model, plan, self.example.cpu(), folder / "model.onnx", images)
         save_student(self.model, plan, folder)
         return difference
 
@@ -415,8 +419,9 @@ class TorchLearner:
         return frozen + trained if max(self.example.shape[2:]) > SMALL else trained + frozen
 
 
-def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path) -> float:
-    """Export with normalisation in the metadata; the largest relative difference to PyTorch at batches of 1 and 7."""
+def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path, images: Sequence[Tensor] = ()) -> float:
+    """Export with normalisation in the metadata; the largest relative difference to PyTorch, for noise in batches of 1
+    and 7, and for batches of `images`: noise does not take every way through a network that decides by values."""
     metadata = {
         "dk2pnet": __version__,
         "input_shape": json.dumps(plan.input_shape),
@@ -428,9 +433,16 @@ def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path) -> flo
         for count in (1, 7)
     ]
     try:
-        return check_onnx(path, model, probes)
+        difference = check_onnx(path, model, probes)
     except RuntimeError as error:
         raise InputError(f"the network was exported, but {error}") from error
+    try:
+        return max(difference, check_onnx(path, model, images, _TOLERANCE)) if images else difference
+    except RuntimeError as error:
+        raise InputError(
+            f"the network was exported, but on held-out images {error}: what it decides by the values of its input (an "
+            "if in its forward) is written as it went for one image; use torch.where, or give it without an OUT"
+        ) from error
 
 
 def _check_called(student: nn.Module, names: Mapping[str, Any], example: Tensor) -> None:
