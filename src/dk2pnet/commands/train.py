@@ -105,8 +105,8 @@ def train(
                 set_form(net, "branches")
                 net.cpu().eval()
                 try:
-                    images = [x for x, _ in islice(validation.batches(16, norm), 4)]
-                    difference = write_onnx(net, plan, example.cpu(), new / "model.onnx", images)
+                    seen = [x for x, _ in islice(validation.batches(16, norm), 4)]
+                    difference = write_onnx(net, plan, example.cpu(), new / "model.onnx", seen)
                     figures["onnx_difference"] = difference
                 except InputError as error:  # hours of training are worth keeping without it
                     _log.warning("no model.onnx was written: %s", error)
