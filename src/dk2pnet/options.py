@@ -140,7 +140,9 @@ class _Data(Options):
 @dataclass(frozen=True, kw_only=True)
 class _Named(_Data):
     weights: str | None = option(
-        None, "A .safetensors, .pt, .pth, .th or .bin file, or 'pretrained'.", torch_only="which holds its weights"
+        None,
+        "A .safetensors, .pt, .pth, .th or .bin file, 'pretrained', or the OUT folder of a FILE.py:FUNCTION.",
+        torch_only="which holds its weights",
     )
     input_size: int | None = at_least(1, None, "Side of the images in pixels.")
     classes: int | None = at_least(

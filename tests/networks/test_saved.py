@@ -1,6 +1,7 @@
 """Saving a student and loading it again: bit for bit, or not at all."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -187,6 +188,19 @@ def test_an_object_needs_its_factory(tmp_path):
     save_student(student, plan, tmp_path)
     with pytest.raises(InputError, match="factory=FUNCTION"):
         load_student(tmp_path)
+    load_student(tmp_path, factory=make)
+
+
+def test_code_that_a_folder_names_is_not_run(tmp_path):
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef make(): pass\n")
+    name = f"{tmp_path / 'code.py'}:make"
+    student, plan = student_of(make(), spec={"name": name})
+    save_student(student, plan, tmp_path)
+    with pytest.raises(
+        InputError, match=f"is not run; .* --model {re.escape(name)} --weights {re.escape(str(tmp_path))}"
+    ):
+        load_student(tmp_path)
+    assert not (tmp_path / "ran").exists()
     load_student(tmp_path, factory=make)
 
 

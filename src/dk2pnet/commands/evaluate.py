@@ -11,6 +11,7 @@ from dk2pnet.data.images import batch_size_for
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions, accuracy, macs, parameters, predict
 from dk2pnet.networks.open import (
+    described,
     is_onnx_file,
     load_data,
     normalization_of,
@@ -42,7 +43,8 @@ def evaluate(
 
 
 def _of_torch(model: str, data: str, chosen: EvaluateOptions, run: Run) -> dict[str, Any]:
-    found = load_data(data, chosen.split, model, data_dir=chosen.data_dir, input_size=chosen.input_size)
+    sized_by = described(model, chosen.weights)
+    found = load_data(data, chosen.split, sized_by, data_dir=chosen.data_dir, input_size=chosen.input_size)
     images = _labelled(found, data, chosen.split)
     network = open_network(
         model, weights=chosen.weights, normalize=chosen.normalize, data=images, classes=chosen.classes

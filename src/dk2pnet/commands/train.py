@@ -17,7 +17,7 @@ from dk2pnet.data.sources import load_test
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
 from dk2pnet.measure import accuracy, macs, parameters, predict
-from dk2pnet.networks.open import load_data, open_network
+from dk2pnet.networks.open import described, load_data, open_network
 from dk2pnet.networks.saved import save_student
 from dk2pnet.networks.torch.network import TorchNetwork, write_onnx
 from dk2pnet.options import TrainOptions, recipe_of
@@ -120,7 +120,8 @@ def train(
 
 def _images(model: str, data: str, chosen: TrainOptions) -> ImageData:
     """The training split, or `images` of it: spread evenly over it, the same in every call."""
-    found = load_data(data, "train", model, data_dir=chosen.data_dir, input_size=chosen.input_size)
+    sized_by = described(model, chosen.weights)
+    found = load_data(data, "train", sized_by, data_dir=chosen.data_dir, input_size=chosen.input_size)
     if found is None or (found.labels is None and chosen.teacher is None):
         raise InputError(f"data set {data!r} has no labelled training split, which training reads; give one that has")
     if chosen.images is None:

@@ -22,6 +22,7 @@ from dk2pnet.networks.weights import check_finite, load_weights
 from dk2pnet.plan import Plan
 
 __all__ = [
+    "described",
     "is_onnx_file",
     "load_data",
     "normalization_of",
@@ -68,7 +69,8 @@ def open_with_data(
         return network, images if own else images.without_labels()
     training = None
     if data is not None:
-        training = load_data(data, "train", model, data_dir=data_dir, input_size=input_size)
+        sized_by = described(model, weights)
+        training = load_data(data, "train", sized_by, data_dir=data_dir, input_size=input_size)
         if training is None:
             raise InputError(
                 f"data set {data!r} has no training split, which calibration reads; give a folder train/ of images"
@@ -85,7 +87,8 @@ def open_network(
     data: ImageData | None = None,
     classes: int | None = None,
 ) -> TorchNetwork:
-    """A module as it is, a folder that dk2pnet wrote, or a network by name with weights from a file or "pretrained"."""
+    """A module as it is, a folder that dk2pnet wrote, or a network by name with weights from a file or "pretrained";
+    ``FILE.py:FUNCTION`` also with those of the folder that was made of it."""
     given = Normalization.parse(normalize) if isinstance(normalize, str) else normalize
     if isinstance(model, nn.Module):
         bare: nn.Module = model
@@ -105,6 +108,15 @@ def open_network(
     if classes is None and data is not None and data.labels is not None and weights != "pretrained":
         classes = len(data.classes) if data.classes else int(data.labels.max()) + 1
     is_file = ".py:" in name
+    if weights is not None and is_saved(weights):
+        if not is_file:
+            raise InputError(
+                f"weights {weights} are a folder that dk2pnet wrote; give it as the model: --model {weights}"
+            )
+        module, plan = load_student(weights, factory=lambda: make_network(name))
+        saved = Normalization.from_dict(plan.normalization) if plan.normalization else None
+        check_finite(module)
+        return TorchNetwork(module, {"name": name}, given or saved, plan)
     channels = data.channels if data is not None and not name.startswith("torchvision/") and not is_file else None
     spec: dict[str, Any] = {"name": name}
     if not is_file:
@@ -114,6 +126,11 @@ def open_network(
         load_weights(module, str(weights))
     check_finite(module)
     return TorchNetwork(module, spec, given or default_normalization(name))
+
+
+def described(model: str | Path | nn.Module, weights: str | None) -> str | Path | nn.Module:
+    """What knows the size of the images: the folder whose weights are given beside a function, else the network."""
+    return weights if weights is not None and is_saved(weights) else model
 
 
 def open_onnx(path: str, normalize: str | Normalization | None = None) -> OnnxNetwork:

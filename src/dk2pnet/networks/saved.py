@@ -40,8 +40,8 @@ def is_saved(folder: str | Path) -> bool:
 def load_student(folder: str | Path, factory: Callable[[], nn.Module] | None = None) -> tuple[nn.Module, Plan]:
     """Rebuild a saved network in evaluation mode, without its training script.
 
-    `factory` makes the dense network; it is needed only where the network was given as a Python object and not by
-    name (the names of dk2pnet, torchvision and timm, and FILE.py:FUNCTION).
+    `factory` makes the dense network; it is needed where the network was given as a Python object, or by
+    FILE.py:FUNCTION: the code that a folder names is not run, only what its reader names.
 
     Raises
     ------
@@ -62,6 +62,12 @@ def load_student(folder: str | Path, factory: Callable[[], nn.Module] | None = N
         )
     if factory is not None:
         dense = factory()
+    elif plan.network is not None and ".py:" in str(plan.network.get("name", "")):
+        name = plan.network["name"]
+        raise InputError(
+            f"the network in {folder} is made by {name}, and code that a folder names is not run; if you know "
+            f"it, name it yourself: --model {name} --weights {folder} (in Python: factory=FUNCTION)"
+        )
     elif plan.network is not None:
         dense = make_network(**plan.network)
     else:

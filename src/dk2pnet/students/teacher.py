@@ -21,7 +21,14 @@ from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.errors import InputError
 from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Site
-from dk2pnet.networks.open import is_onnx_file, load_data, open_with_data, random_weights, warn_of_other_classes
+from dk2pnet.networks.open import (
+    described,
+    is_onnx_file,
+    load_data,
+    open_with_data,
+    random_weights,
+    warn_of_other_classes,
+)
 from dk2pnet.options import CompressOptions, ExploreOptions
 from dk2pnet.run.run import Run
 from dk2pnet.students.tuning_steps import Tuning, tuning_of
@@ -159,7 +166,9 @@ def _running(
         )
     if tests_only and classes is None and options.weights != "pretrained":
         assert name is not None
-        test = load_data(name, "test", model, data_dir=options.data_dir, input_size=options.input_size)
+        test = load_data(
+            name, "test", described(model, options.weights), data_dir=options.data_dir, input_size=options.input_size
+        )
         classes = len(test.classes) if test is not None and test.classes else None
     network, training = open_with_data(
         model,
