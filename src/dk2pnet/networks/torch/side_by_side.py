@@ -82,7 +82,7 @@ class Walks:
         for name in names:
             few.reach(name)
             self.room[name] = int(self.memory / 2 / max(few.bytes / len(x), 1))
-        # Who has set out comes by all later layers too: in front of a first convolution there are images, behind it maps.
+        # Who has set out comes by all later layers too: in front of a first convolution are images, behind it maps.
         for name, later in zip(reversed(names[:-1]), reversed(names[1:]), strict=True):
             self.room[name] = min(self.room[name], self.room[later])
         # Every image with an index of 0 modulo the step sets out first, then those in the middle between two of them.
