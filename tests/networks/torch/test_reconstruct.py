@@ -161,6 +161,27 @@ def test_as_many_images_are_on_the_way_as_find_room_and_no_image_twice(monkeypat
     assert there["convs.2"] == pytest.approx(wanted, rel=1e-3)  # all 64
 
 
+def test_no_more_images_set_out_than_find_room_behind_the_first_convolution(monkeypatch):
+    """In front of it 53 images of 3 x 16 x 16 would find room; of the maps of 8 x 16 x 16 behind it 20 do."""
+    there = {}
+    real = module_of_it.Walks.samples
+
+    def seen(self, name, *args):
+        there[name] = sum(len(p.student.waiting) for p in self.under_way)
+        return real(self, name, *args)
+
+    monkeypatch.setattr(module_of_it.Walks, "samples", seen)
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 4, 1), nn.Flatten()).eval()
+    batches = [(x, None) for x in torch.randn(64, 3, 16, 16).split(10)]
+    sites = find_convolutions(teacher, batches[0][0][:1], first=True)
+    student = copy_model(teacher)
+    reconstruct(
+        teacher, student, sites, given(student, ["0", "2"], 9), batches, images=64, memory=2 * 20 * 2 * 4 * 2048
+    )
+    assert there == {"0": 16, "2": 16}
+
+
 @pytest.mark.parametrize("batch", [5, 16, 48])
 def test_the_batches_do_not_matter(batch):
     wanted, _, _ = run(network(), 2)
