@@ -122,14 +122,30 @@ def test_int8(toy, monkeypatch):
     assert set(int8.layers(1)[0]) == {"channels", "size", *int8.TARGETS}
 
 
-def test_imagenet(main, tmp_path, images, monkeypatch):
+@pytest.fixture
+def unlabelled(tmp_path, images, monkeypatch):
+    """Images to test with, others to calibrate and tune on, one budget."""
     monkeypatch.setattr("dk2pnet.students.tuning.Tuner.steps_in", lambda *_: 2)
     (tmp_path / "val").mkdir()
     (tmp_path / "val/test").symlink_to(images / "test")
     more = ["--data", tmp_path / "val", "--calibration-data", images / "train", "--runs", tmp_path / "runs"]
-    rows = main("imagenet", *more, "--budgets", 0.6, "--minutes", 0, 1, "--threads", 1)
+    return [*more, "--threads", 1, "--budgets", 0.6]
+
+
+def test_imagenet(main, unlabelled):
+    rows = main("imagenet", *unlabelled, "--minutes", 0, 1)
     assert [row["minutes"] for row in rows] == [0, 1]
     assert all(row["accuracy"] >= 0 for row in rows)
+    for part in ("recipe", "augmentation", "corrections", "first"):
+        rows = main("imagenet", *unlabelled, "--minutes", 1, "--without", part)
+    assert sorted(row["without"] for row in rows) == ["", "", "augmentation", "corrections", "first", "recipe"]
+
+
+def test_imagenet_peers(main, unlabelled):
+    methods = ["ours, whitened", "ours", "GDWS, alpha = 1", "per-channel SVD", "spatial SVD"]
+    rows = main("imagenet_peers", *unlabelled, "--methods", *methods)
+    assert sorted(row["method"] for row in rows) == sorted(methods)
+    assert all(0.5 < row["macs_kept"] < 0.62 for row in rows)
 
 
 def test_points(main, tmp_path, monkeypatch):
