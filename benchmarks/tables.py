@@ -633,6 +633,7 @@ def imagenet(model: str) -> Callable[[], str]:
                 f"{row['peak_gib']:.1f}",
             )
             for row in result["rows"]
+            if not row.get("without")
         ]
         took = "minutes it took"
         header = ("budget", "tuned, minutes", "seed", "steps", took, "accuracy %", "points from the teacher")
