@@ -621,6 +621,13 @@ def test_a_network_of_chance_is_refused_before_the_work():
         compress(model, X, "kernels=1", criterion="response", tune=0)
 
 
+@pytest.mark.parametrize("keep", ["neck", "*"])
+def test_what_is_to_stay_dense_is_looked_at_before_any_image_is_answered(keep, monkeypatch):
+    monkeypatch.setattr(of_torch.TorchNetwork, "predict", lambda *_: pytest.fail("images were answered"))
+    with pytest.raises(InputError, match="--keep"):
+        compress(net(), X, "macs=0.8", criterion="loss", keep=[keep])
+
+
 def test_forgotten_weights_are_told_of(tmp_path, caplog):
     torch.save(lenet().state_dict(), tmp_path / "lenet.pth")
     for weights in (None, str(tmp_path / "lenet.pth")):

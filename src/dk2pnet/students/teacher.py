@@ -83,6 +83,9 @@ class Teacher:
         may be decomposed; where every channel gets as many kernels, its three channels get too few."""
         epochs = options.epochs if isinstance(options, CompressOptions) else 0
         network, samples, training = _running(model, data, options, run)
+        sites = network.sites(options.keep, first)
+        if all(site.reason for site in sites):
+            raise InputError(f"{_name(model)} has no convolution that can be decomposed: {_reasons(sites)}")
         named = None if training is None else options.calibration_data or str(data)
         criterion = options.criterion or network.default_criterion
         if samples is None and (CRITERIA[criterion][0] or epochs):
@@ -106,9 +109,6 @@ class Teacher:
                 "criterion 'loss' needs a classifier (one row of class scores per image), but the network returns "
                 f"{shapes}; use --criterion response"
             )
-        sites = network.sites(options.keep, first)
-        if all(site.reason for site in sites):
-            raise InputError(f"{_name(model)} has no convolution that can be decomposed: {_reasons(sites)}")
         tuning = tuning_of(options.tune, epochs=epochs, samples=samples, macs=network.macs)
         learner = None
         if tuning.wanted and samples is not None:
