@@ -128,6 +128,14 @@ def test_a_budget_that_cannot_be_reached_says_what_can(tmp_path, clock):
         spent(0.05, tmp_path)
 
 
+def test_no_budget_is_advised_that_would_be_refused(tmp_path, clock):
+    clock.factor = 100.0
+    with pytest.raises(
+        InputError, match=r"latency=0.9 cannot be reached .* dominant kernels make nothing faster there$"
+    ):
+        spent(0.9, tmp_path)
+
+
 def test_the_whole_time_is_always_within_reach(tmp_path, clock):
     clock.factor = 100.0  # whatever is decomposed is far too slow
     found = spent(1.0, tmp_path)
