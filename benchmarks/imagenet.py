@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Rows, network_parser
-from dk2pnet.measure import accuracy, agreement, divergence
+from dk2pnet.measure import Predictions, accuracy, agreement, divergence
 from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Budget
 from dk2pnet.run.device import environment
@@ -90,6 +90,17 @@ def main() -> None:
                 measure(options, seed, missing, rows, run)
 
 
+def about_of(options: Namespace, teacher: Teacher, answers: Predictions, run: Run) -> dict[str, Any]:
+    """What a file of rows says of all of them; `answers`: the teacher's to the test images."""
+    assert teacher.samples is not None
+    return {
+        "model": options.model,
+        "teacher_accuracy": accuracy(answers),
+        "images": teacher.samples.counts | {"test": len(answers)},
+        **environment(run.device),
+    }
+
+
 def measure(options: Namespace, seed: int, missing: list[tuple[float, float]], rows: Rows, run: Run) -> None:
     """Add the rows that are missing of one seed."""
     without = options.without
@@ -98,12 +109,7 @@ def measure(options: Namespace, seed: int, missing: list[tuple[float, float]], r
     assert samples is not None
     assert samples.test is not None
     answers = network.predict(samples.test, run)
-    about = {
-        "model": options.model,
-        "teacher_accuracy": accuracy(answers),
-        "images": samples.counts | {"test": len(answers)},
-        **environment(run.device),
-    }
+    about = about_of(options, teacher, answers, run)
     with Prober(teacher, None, run) as prober:
         tuner = Tuner(teacher, run, TUNING) if without == "recipe" else Tuner(teacher, run)
         if without == "corrections":

@@ -25,12 +25,11 @@ from torch import nn
 from common import Rows
 from dk2pnet.measure import accuracy, agreement, divergence, macs, parameters
 from dk2pnet.plan import Budget
-from dk2pnet.run.device import environment
 from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import Solved, solved_once
 from dk2pnet.students.probes import Prober
 from dk2pnet.students.tuning import Tuner
-from imagenet import opened, parser_of
+from imagenet import about_of, opened, parser_of
 from peers import Harness
 
 METHODS = (
@@ -82,12 +81,7 @@ def main() -> None:
         assert samples is not None
         assert samples.test is not None
         answers = network.predict(samples.test, run)
-        about = {
-            "model": options.model,
-            "teacher_accuracy": accuracy(answers),
-            "images": samples.counts | {"test": len(answers)},
-            **environment(run.device),
-        }
+        about = about_of(options, teacher, answers, run)
         harness = Harness(network.model, samples.gather, samples.held_out, samples.test)  # type: ignore[attr-defined]
         with Prober(teacher, None, run) as prober:
             for budget, method in missing:
