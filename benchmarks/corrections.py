@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from common import network_parser, write_results
+from dk2pnet.answers import predict
 from dk2pnet.data import calibration_split, split_training
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import accuracy, divergence, macs, parameters, predict
+from dk2pnet.measure import macs, parameters
 from dk2pnet.modules import copy_model, replace_modules
 from dk2pnet.networks.open import load_data, open_network
 from dk2pnet.networks.torch.corrections import reestimate_batch_norm
@@ -35,6 +36,7 @@ from dk2pnet.networks.torch.surroundings import Surroundings, surroundings_of
 from dk2pnet.plan import Budget
 from dk2pnet.run.device import environment
 from dk2pnet.students.allocate import energies_of, spend
+from dk2pnet.tasks import accuracy, divergence
 
 RECONSTRUCTIONS = ("asymmetric, layer by layer", "… batch norm known", "… and the sum", "… and the ReLU")
 

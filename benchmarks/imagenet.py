@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Rows, network_parser
-from dk2pnet.measure import Predictions, accuracy, agreement, divergence
+from dk2pnet.answers import Predictions
 from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Budget
 from dk2pnet.run.device import environment
@@ -32,6 +32,7 @@ from dk2pnet.students.closed_form import Solved, solved_once
 from dk2pnet.students.probes import Prober
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning import Tuner
+from dk2pnet.tasks import accuracy, agreement, divergence
 from dk2pnet.training.trainer import TUNING
 
 _KEYS = ("budget", "minutes", "seed", "without")

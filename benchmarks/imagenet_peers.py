@@ -23,12 +23,13 @@ import torch
 from torch import nn
 
 from common import Rows
-from dk2pnet.measure import accuracy, agreement, divergence, macs, parameters
+from dk2pnet.measure import macs, parameters
 from dk2pnet.plan import Budget
 from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import Solved, solved_once
 from dk2pnet.students.probes import Prober
 from dk2pnet.students.tuning import Tuner
+from dk2pnet.tasks import accuracy, agreement, divergence
 from imagenet import about_of, opened, parser_of
 from peers import Harness
 

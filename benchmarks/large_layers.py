@@ -21,7 +21,7 @@ from torch import Tensor
 
 import dk2pnet
 from common import plain_parser, write_results
-from dk2pnet.measure import predict
+from dk2pnet.answers import predict
 from dk2pnet.networks.named import make_network
 from dk2pnet.run.device import environment
 

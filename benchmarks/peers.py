@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import dk2pnet
 from common import network_parser, read_results, write_results
+from dk2pnet.answers import predict
 from dk2pnet.data import calibration_split, split_training
 from dk2pnet.decompose.select import Candidate, Option, choose, select
 from dk2pnet.decompose.solve import spectrum
@@ -32,7 +33,7 @@ from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.export import onnx_bytes
 from dk2pnet.deploy.latency import compare_latency
 from dk2pnet.layer import set_form
-from dk2pnet.measure import accuracy, divergence, macs, parameters, predict
+from dk2pnet.measure import macs, parameters
 from dk2pnet.modules import copy_model, replace_modules
 from dk2pnet.networks.network import Site
 from dk2pnet.networks.open import load_data, open_network
@@ -43,6 +44,7 @@ from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.run.device import environment, pick_device
 from dk2pnet.run.run import Run
 from dk2pnet.students.latency_budget import choose_forms
+from dk2pnet.tasks import accuracy, divergence
 from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.trainer import TrainingOptions
 from peer_methods import channel_pca, cp, gdws, gdws_weights, per_channel_svd, pruned, spatial_svd, tucker

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from common import Rows, network_parser, searched
+from dk2pnet.answers import Predictions, predict
 from dk2pnet.data import split_training
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import Predictions, accuracy, agreement, divergence, macs, parameters, predict
+from dk2pnet.measure import macs, parameters
 from dk2pnet.networks.open import load_data
 from dk2pnet.networks.torch.gather import gather_moments
 from dk2pnet.options import CompressOptions
@@ -38,6 +39,7 @@ from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import Solved
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning import Tuner
+from dk2pnet.tasks import accuracy, agreement, divergence
 from dk2pnet.training.trainer import TUNING
 from dk2pnet.training.whitened import whitening_of
 from peers import METHODS, Named

@@ -21,7 +21,6 @@ from common import network_parser, write_results
 from dk2pnet.data.images import batch_size_for
 from dk2pnet.errors import InputError
 from dk2pnet.estimates import estimate
-from dk2pnet.measure import accuracy
 from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Budget
 from dk2pnet.run.device import environment
@@ -29,6 +28,7 @@ from dk2pnet.run.run import Run
 from dk2pnet.students.loss_budget import smallest
 from dk2pnet.students.probes import Probe, Prober
 from dk2pnet.students.teacher import Teacher
+from dk2pnet.tasks import accuracy
 
 
 class Shared:

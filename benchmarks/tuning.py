@@ -27,7 +27,6 @@ import torch
 
 from common import Rows, network_parser, searched
 from dk2pnet.data import split_training
-from dk2pnet.measure import accuracy, agreement
 from dk2pnet.modules import copy_model
 from dk2pnet.networks.open import load_data
 from dk2pnet.options import CompressOptions
@@ -38,6 +37,7 @@ from dk2pnet.students.closed_form import ClosedForm, Solved, solved_once
 from dk2pnet.students.decisions import Judge
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning import Tuner
+from dk2pnet.tasks import accuracy, agreement
 from dk2pnet.training.trainer import TUNING
 from recovery import add_mir, fskd, penultimate
 

@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from dk2pnet.answers import Predictions
 from dk2pnet.errors import InputError
 from dk2pnet.estimates import accuracy_drop, disagreement, estimate, output_error
-from dk2pnet.measure import Predictions, squared_error
 
 
 def answers(right, labels=True):
@@ -39,7 +37,7 @@ def test_the_output_error_of_one_number_per_image_is_that_of_a_row_of_one():
     teacher, student = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 2.0])
     flat = output_error(Predictions([teacher], None), Predictions([student], None))
     assert flat == output_error(Predictions([teacher[:, None]], None), Predictions([student[:, None]], None))
-    assert flat.value == pytest.approx(1 / 14)
+    assert flat.value == pytest.approx(1 / 3)  # 2 about the mean, for 3 samples and not 2
 
 
 def test_the_images_needed_are_those_of_the_formula():
@@ -78,32 +76,27 @@ def test_disagreement_has_the_wilson_interval():
     assert (found.low, found.high) == pytest.approx((100 * (centre - reach), 100 * (centre + reach)), rel=1e-4)
 
 
-def test_errors_of_outputs_are_relative_to_the_teachers_energy():
-    teacher = Predictions([torch.tensor([[3.0], [4.0]]), torch.zeros(2, 1, 2)], None)
-    student = Predictions([torch.tensor([[3.0], [3.0]]), torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]])], None)
-    # The mean of 1/25 and 1/25: where the teacher is silent an error counts over the energy of all outputs.
-    assert output_error(teacher, student).value == pytest.approx(1 / 25)
-    assert squared_error(teacher, student) == pytest.approx(1 / 25)
-    assert output_error(teacher, teacher).value == squared_error(teacher, teacher) == 0
+def test_the_error_is_that_of_the_output_that_loses_most():
+    """The first: 1 of 4; the second: 1 of 16."""
+    first, second = torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [6.0]])
+    teacher = Predictions([first, second], task="regress")
+    student = Predictions([first + torch.tensor([[1.0], [0.0]]), second + torch.tensor([[0.0], [1.0]])], task="regress")
+    assert output_error(teacher, student).value == pytest.approx(1 / 4)
+    assert output_error(teacher, teacher).value == 0
 
 
-@settings(deadline=None)
-@given(st.floats(1e-3, 1e3), st.integers(0, 99))
-def test_the_unit_of_an_output_changes_nothing(unit, seed):
-    """Boxes in pixels do not hide scores."""
-    random = torch.Generator().manual_seed(seed)
-    boxes, scores, wrong = (torch.randn(40, 3, generator=random, dtype=torch.float64) for _ in range(3))
-    found = []
-    for scale in (1.0, unit):
-        teacher = Predictions([scale * boxes, scores], None)
-        student = Predictions([scale * (boxes + wrong / 9), scores + wrong], None)
-        found.append((squared_error(teacher, student), *estimate_of(output_error(teacher, student))))
-    assert found[0] == pytest.approx(found[1])
-    assert found[0][0] == pytest.approx(found[0][1])
-
-
-def estimate_of(found):
-    return found.value, found.low, found.high
+def test_disagreement_of_labels_and_of_positions():
+    teacher, student = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    found = disagreement(*(Predictions([each], task="multilabel") for each in (teacher, student)))
+    assert (found.value, found.images) == (50, 2)
+    maps = torch.randn(100, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    other = maps.clone()
+    other[:50] = other[:50].flip(1)  # all but the middle class' positions
+    found = disagreement(*(Predictions([each], task="dense") for each in (maps, other)))
+    share = float((maps[:50].argmax(1) != 1).double().mean()) / 2
+    assert found.value == pytest.approx(100 * share)
+    assert found.low < found.value < found.high
+    assert found.half_width > 3, "images differ from each other by more than positions do"
 
 
 @pytest.mark.parametrize("n", [30, 100])
@@ -128,7 +121,7 @@ def test_intervals_hold_about_as_often_as_they_say(kind):
             t = torch.randn(400, 3, generator=generator)
             noise = 0.1 * torch.randn(400, 3, generator=generator) * torch.rand(400, 1, generator=generator)
             found = estimate(kind, Predictions([t], None), Predictions([t + noise], None))
-            truth = 0.01 / 3
+            truth = 0.01 / 3  # the means are those of noise, about 0
         else:
             draws = torch.rand(400, generator=generator)
             only_teacher, only_student = draws < 0.08, (draws >= 0.08) & (draws < 0.12)

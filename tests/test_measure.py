@@ -1,30 +1,13 @@
-"""Counts worked out by hand; accuracy, agreement and divergence from their definitions."""
-
-import math
+"""Counts worked out by hand; modes, layouts and outputs."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import (
-    Predictions,
-    accuracy,
-    agreement,
-    divergence,
-    evaluation,
-    is_classifier,
-    layout_of,
-    macs,
-    outputs_of,
-    parameters,
-    predict,
-    use_form,
-)
+from dk2pnet.measure import evaluation, is_classifier, macs, outputs_of, parameters, use_form
 from dk2pnet.nets import lenet, resnet20
-from toys import by_view, network
 
 
 def dk(counts, outputs=8, groups=1, bias=True, stride=1):
@@ -143,85 +126,7 @@ def test_forms_and_modes_are_put_back_after_an_error():
     assert torch.is_grad_enabled()
 
 
-# -- predictions -------------------------------------------------------------------------------------------------------
-
-
-def of(rows, labels=None):
-    return Predictions([torch.tensor(rows)], None if labels is None else torch.tensor(labels))
-
-
-def test_predict_collects_outputs_and_labels():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3)).train()
-    x, y = torch.randn(7, 1, 2, 2), torch.arange(7) % 3
-    done = []
-    result = predict(model, zip(x.split(3), y.split(3), strict=True), progress=done.append)
-    assert done == [3, 6, 7]
-    assert len(result) == 7
-    assert torch.equal(result.labels, y)
-    torch.testing.assert_close(result.outputs[0], F.linear(x.flatten(1), model[2].weight, model[2].bias).detach())
-    assert not result.outputs[0].requires_grad
-    assert model.training
-    assert predict(model, [(x, None)]).labels is None
-    with pytest.raises(InputError, match="no images"):
-        predict(model, [])
-
-
-def test_the_layout_is_the_faster_one_where_the_network_can():
-    x, layouts = torch.randn(4, 3, 8, 8), []
-    plain, able = by_view(), network()
-    for model in (plain, able):
-        model[0] = nn.Conv2d(3, 8, 3, padding=1)
-        model[0].register_forward_pre_hook(
-            lambda _, args: layouts.append(args[0].is_contiguous(memory_format=torch.channels_last))
-        )
-    able.load_state_dict(plain.state_dict())
-    assert layout_of(x, able) == torch.channels_last
-    assert layout_of(x, able, plain) == torch.contiguous_format
-    assert layout_of(torch.randn(4, 8)) == torch.contiguous_format
-    with evaluation(plain):
-        expected = plain(x)
-    for model, fast in ((able, True), (plain, False)):
-        torch.testing.assert_close(predict(model, [(x, None), (x, None)]).outputs[0], torch.cat([expected] * 2))
-        assert layouts[-2:] == [fast, fast]
-
-
-def test_accuracy():
-    result = of([[1.0, 2.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 1.0], [5.0, 6.0, 7.0]], [1, 0, 2, 0])
-    assert accuracy(result) == 75.0
-    with pytest.raises(InputError, match="no labels"):
-        accuracy(of([[1.0, 2.0]]))
-    with pytest.raises(InputError, match="labels up to 3.*2 classes"):
-        accuracy(of([[1.0, 2.0], [2.0, 1.0]], [0, 3]))
-    with pytest.raises(InputError, match="classifier"):
-        accuracy(of([[1.0], [2.0]], [0, 0]))
-
-
-def test_agreement():
-    teacher = of([[1.0, 2.0], [3.0, 1.0], [0.0, 1.0]])
-    student = of([[0.0, 9.0], [1.0, 3.0], [0.0, 1.0]])
-    assert agreement(teacher, student) == pytest.approx(200 / 3)
-    assert agreement(teacher, teacher) == 100
-    maps = Predictions([torch.zeros(2, 3, 4, 4)], None)
-    assert agreement(maps, maps) is None
-
-
-def test_divergence_of_classifiers():
-    teacher, student = of([[0.0, math.log(3)], [0.0, 0.0]]), of([[0.0, 0.0], [0.0, math.log(3)]])
-    first = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    second = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert divergence(teacher, student) == pytest.approx((first + second) / 2, rel=1e-5)
-    assert divergence(teacher, teacher) == pytest.approx(0, abs=1e-12)
-    assert divergence(teacher, of([[math.nan, 0.0], [0.0, 0.0]])) == math.inf
-    assert divergence(teacher, of([[math.inf, 0.0], [0.0, 0.0]])) == math.inf
-
-
-def test_divergence_of_other_outputs():
-    teacher = Predictions([torch.full((2, 3, 2, 2), 2.0), torch.ones(2, 1)], None)
-    student = Predictions([torch.full((2, 3, 2, 2), 1.0), torch.zeros(2, 1)], None)
-    assert divergence(teacher, student) == pytest.approx((24 / (24 * 4) + 2 / 2) / 2)  # each output by its own energy
-    broken = Predictions([torch.full((2, 3, 2, 2), math.inf), torch.zeros(2, 1)], None)
-    assert divergence(teacher, broken) == math.inf
+# -- outputs -----------------------------------------------------------------------------------------------------------
 
 
 def test_outputs_of_containers():
@@ -237,14 +142,3 @@ def test_what_a_classifier_is():
     assert is_classifier([torch.zeros(5, 2)])
     for other in ([torch.zeros(5, 1)], [torch.zeros(5, 2, 1, 1)], [torch.zeros(5, 2)] * 2, []):
         assert not is_classifier(other)
-
-
-def test_outputs_of_another_number_in_every_batch_are_refused():
-    class Boxes(nn.Module):
-        def forward(self, x):
-            return [part for part in x if part.mean() > 0]
-
-    signs = torch.tensor([1.0, 1.0, -1.0, 1.0]).view(4, 1, 1, 1)
-    batches = [(part, None) for part in (signs * torch.ones(4, 3, 2, 2)).split(2)]
-    with pytest.raises(InputError, match="gives 1 outputs for one batch and 2 for another; expected as many for each"):
-        predict(Boxes(), batches)

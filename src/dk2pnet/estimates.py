@@ -6,12 +6,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from scipy.stats import binomtest
-from torch import Tensor
 
+from dk2pnet.answers import Predictions, class_numbers
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions, class_numbers
+from dk2pnet.tasks import compare, task_of
 
 __all__ = ["Estimate", "accuracy_drop", "disagreement", "estimate", "output_error"]
 
@@ -69,8 +68,9 @@ def accuracy_drop(teacher: Predictions, student: Predictions) -> Estimate:
             "a budget of accuracy (drop) needs labelled images, and these have none; use disagree=2, or give others "
             "(--holdout)"
         )
+    _check_classes(teacher)
     labels = class_numbers(teacher.labels)
-    right = [_answers(predictions) == labels for predictions in (teacher, student)]
+    right = [answers.outputs[0].argmax(1) == labels for answers in (teacher, student)]
     n = len(teacher)
     only_teacher, only_student = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     b, c = only_teacher / n, only_student / n
@@ -85,35 +85,39 @@ def accuracy_drop(teacher: Predictions, student: Predictions) -> Estimate:
 
 
 def disagreement(teacher: Predictions, student: Predictions) -> Estimate:
-    """Percent of images whose top-1 class is not the teacher's, with the Wilson interval."""
-    n = len(teacher)
-    other = int((_answers(teacher) != _answers(student)).sum())
-    share = binomtest(other, n).proportion_ci(method="wilson")
-    return Estimate(100 * other / n, 100 * share.low, 100 * share.high, n)
+    """Percent of answers that are not the teacher's, with the Wilson interval; of positions (``dense``), which differ
+    from image to image by more than chance, with that of the images' mean."""
+    same = compare(teacher, student).same
+    if same is None:
+        raise _no_classes(teacher)
+    n, other = len(teacher), 1 - same
+    if task_of(teacher) == "dense":
+        value = float(other.mean())
+        reach = _Z * float(other.std()) / math.sqrt(n) if n > 1 else 1.0
+        return Estimate(100 * value, 100 * max(value - reach, 0.0), 100 * min(value + reach, 1.0), n)
+    share = binomtest(int(other.sum()), n).proportion_ci(method="wilson")
+    return Estimate(100 * float(other.mean()), 100 * share.low, 100 * share.high, n)
 
 
 def output_error(teacher: Predictions, student: Predictions) -> Estimate:
-    """Squared error over the teacher's energy, the mean over the outputs; the interval by the delta method."""
-    pairs = list(zip(teacher.outputs, student.outputs, strict=True))
-    # (outputs, images); an output may hold -inf by intention, as a mask.
-    errors = torch.stack([_per_image(torch.where(t.isfinite(), t - s, 0.0)) for t, s in pairs])
-    energies = torch.stack([_per_image(torch.where(t.isfinite(), t, 0.0)) for t, _ in pairs])
-    totals = energies.sum(1, keepdim=True)
-    totals = torch.where(totals > 0, totals, totals.sum().clamp_min(1e-30))  # as `measure.squared_error`
-    values = errors.sum(1, keepdim=True) / totals
-    value = float(values.mean())
-    reach = _Z * float(((errors - values * energies) / totals).mean(0).square().sum().sqrt())
+    """The relative squared error (`tasks.compare`) of the output that loses most, so that none loses more; the interval
+    by the delta method."""
+    found = compare(teacher, student)
+    number = int(found.relative.argmax())
+    value = float(found.relative[number])
+    energies = found.energies[number]
+    total = float(energies.sum()) or max(float(found.energies.sum()), 1e-30)
+    reach = _Z * float((found.errors[number] - value * energies).square().sum().sqrt()) / total
     return Estimate(value, max(value - reach, 0.0), value + reach, len(teacher))
 
 
-def _per_image(x: Tensor) -> Tensor:
-    return x.double().square().reshape(len(x), -1).sum(1)
+def _check_classes(teacher: Predictions) -> None:
+    if task_of(teacher) != "classify" or len(teacher.shapes()) != 1:
+        raise _no_classes(teacher)
 
 
-def _answers(predictions: Predictions) -> Tensor:
-    if not predictions.classifies:
-        raise InputError(
-            "a budget of answers (drop, disagree) needs a classifier (one row of class scores per image), which this "
-            "network is not; use error=0.02"
-        )
-    return predictions.outputs[0].argmax(1)
+def _no_classes(predictions: Predictions) -> InputError:
+    return InputError(
+        "a budget of answers (drop, disagree) needs a classifier (one row of class scores per image), which this "
+        f"network is not (task {task_of(predictions)!r}); use error=0.02"
+    )

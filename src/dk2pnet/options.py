@@ -30,6 +30,7 @@ __all__ = [
     "table_of",
 ]
 
+TASKS = ("classify", "multilabel", "dense", "embed", "regress")
 CRITERIA = ("weight", "response", "loss")
 AUGMENTATIONS = ("none", "digits", "natural")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -215,6 +216,12 @@ class _Decompose(_Augmented, _Named):
     criterion: str | None = one_of(
         None, CRITERIA, "loss (the default), response (that of .onnx models) or weight (needs no images)."
     )
+    task: str | None = one_of(
+        None,
+        TASKS,
+        "What the outputs are for: classify (rows of class scores), multilabel, dense (class scores at positions), "
+        "embed (directions) or regress (numbers); without: by their values. It decides how students are judged.",
+    )
     keep: Sequence[str] = option(
         (), "Convolutions that stay dense: a name, a module that holds them (layer1), or a pattern. Repeatable."
     )
@@ -229,7 +236,7 @@ class _Decompose(_Augmented, _Named):
         0,
         2.0,
         "GiB for statistics of the layers, for images that are kept, and for maps in the reconstruction, each; "
-        "networks and single batches come on top.",
+        "networks and single batches come on top. A layer whose statistics alone are more stays dense.",
     )
     rebuild: bool = option(
         True,

@@ -515,6 +515,17 @@ def test_a_split_beside_something_else_is_not_taken_for_a_class(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_masks_are_no_class(tmp_path, inside):
+    for name in ("images", "masks"):
+        save(tmp_path / inside / name / "0.png", pixels(1)[0])
+    with pytest.raises(InputError, match=r"holds images/, masks/: images and, by their name, masks.*alone: .*images$"):
+        load(tmp_path)
+    (tmp_path / inside / "images").rename(tmp_path / inside / "no_mask")  # faces with and without
+    (tmp_path / inside / "masks").rename(tmp_path / inside / "mask")
+    assert load(tmp_path).classes == ["mask", "no_mask"]
+
+
 def test_a_class_may_be_called_train(tmp_path):
     for name in ("bus", "train"):
         save(tmp_path / name / "0.png", pixels(1)[0])

@@ -21,10 +21,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from dk2pnet import load_student
+from dk2pnet.answers import predict
 from dk2pnet.data import Normalization, load, split_training
 from dk2pnet.errors import InputError
-from dk2pnet.measure import accuracy, predict
 from dk2pnet.options import TrainOptions
+from dk2pnet.tasks import accuracy
 from dk2pnet.training.trainer import TrainingOptions
 
 HALF = ["compress", "--model", "teacher", "--data", "digits", "--tune", "0", "--budget", "macs=0.5"]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dk2pnet.answers import Predictions
 from dk2pnet.data.arrays import Feed
 from dk2pnet.data.samples import Batching, user_samples
 from dk2pnet.decompose.moments import Moments
@@ -19,7 +20,6 @@ from dk2pnet.decompose.solve import solve
 from dk2pnet.deploy.export import export_onnx
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import Predictions, squared_error
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Settings, Site, Solution
 from dk2pnet.networks.onnx.learner import OnnxLearner
 from dk2pnet.networks.onnx.network import OnnxNetwork
@@ -33,6 +33,7 @@ from dk2pnet.students.decisions import Judge
 from dk2pnet.students.probes import Prober
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning_steps import Tuning
+from dk2pnet.tasks import MEASURES, divergence
 from graphs import needs_onnx_tuning
 
 RUN = Run()
@@ -51,7 +52,7 @@ class Listed:
 
     normalization = plan = spec = None
     batching = Batching()
-    default_criterion, reconstructs_first, measure = "response", False, "relative squared error"
+    default_criterion, reconstructs_first, task = "response", False, None
 
     def __init__(self, convs, layers=None):
         self.convs, self.layers, self.example = convs, layers or {}, torch.zeros(1, 3, 5, 5)
@@ -97,13 +98,10 @@ class Listed:
         return found
 
     def predict(self, batches, run, what="", total=0):
-        return Predictions([torch.cat([self._run(x) for x, _ in batches])], None)
-
-    def divergence(self, teacher, student):
-        return squared_error(teacher, student)
-
-    def figures(self, teacher, student):
-        return {}
+        found = Predictions(task=self.task)
+        for x, _ in batches:
+            found.add([self._run(x)], len(x))
+        return found
 
     def moments(self, sites, samples, gradients, memory, run):
         sums = {}
@@ -119,7 +117,9 @@ class Listed:
             conv = self.convs[int(name.split()[1])]
             found = DKConv2d.from_factors(conv, factors[name]) if factors else DKConv2d.from_dense(conv, count.tolist())
             layers[name] = found.requires_grad_(False)
-        return Listed(self.convs, layers)
+        student = Listed(self.convs, layers)
+        student.task = self.task
+        return student
 
     def corrections(self, student, solution, samples, how, run):
         worse = Listed(self.convs, {name: copy.deepcopy(layer) for name, layer in student.layers.items()})
@@ -188,6 +188,7 @@ def teacher(request, tmp_path):
     network = request.param(tmp_path)
     samples = user_samples(BATCHES, None, 24, batching=network.batching)
     network.prepare(samples.first, None, RUN)
+    network.task = "regress"
     held = network.predict(samples.held_out, RUN)
     sites = network.sites()
     return Teacher(network, samples, held, sites, "response", Tuning(), None, None, CompressOptions())
@@ -214,10 +215,16 @@ def test_sizes_are_those_worked_out_by_hand(teacher):
     assert teacher.network.layers == {}
 
 
+def test_what_its_answers_are_for_is_kept_by_students(teacher):
+    assert teacher.held.task == "regress"
+    student, _, _ = every(teacher, 1)
+    assert student.predict(teacher.samples.held_out, RUN).task == "regress"
+
+
 def test_it_answers_as_the_module_that_it_came_from(teacher):
     with torch.no_grad():
         torch.testing.assert_close(answers(teacher.network, BATCHES[0]), chain()(BATCHES[0]), rtol=1e-4, atol=1e-5)
-    assert teacher.network.divergence(teacher.held, teacher.held) == 0
+    assert divergence(teacher.held, teacher.held) == 0
 
 
 def test_all_kernels_are_exact_and_the_teacher_is_left_as_it_was(teacher):
@@ -272,7 +279,7 @@ def test_no_correction_that_is_kept_takes_the_student_further_away(teacher):
     assert judge.divergence(better) <= judge.divergence(student)
     for decision in decisions:
         assert decision["kept"] == (decision["after"] < decision["before"])
-        assert decision["measure"] == teacher.network.measure
+        assert decision["measure"] == MEASURES[teacher.task]
 
 
 def test_its_onnx_file_gives_its_answers_in_every_form(teacher):

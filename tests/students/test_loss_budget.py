@@ -5,13 +5,14 @@ import torch
 from test_tuning import X, net
 
 from dk2pnet import InputError, compress, explore
+from dk2pnet.answers import predict
 from dk2pnet.commands.explore import compress_command, default_budgets, knee
 from dk2pnet.data import ImageData, Normalization, part_of_split
 from dk2pnet.data.samples import Part, named_samples
 from dk2pnet.estimates import estimate
-from dk2pnet.measure import accuracy, predict
 from dk2pnet.options import ExploreOptions
 from dk2pnet.run.run import Run
+from dk2pnet.tasks import accuracy
 from toys import toy
 
 MORE = toy(400, 50, seed=5)

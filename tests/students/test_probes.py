@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dk2pnet.answers import Predictions
 from dk2pnet.errors import InputError, TooSmall
-from dk2pnet.measure import Predictions
 from dk2pnet.plan import Budget
 from dk2pnet.run.run import Run
 from dk2pnet.students.loss_budget import MOST_PROBES, Found, smallest

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dk2pnet import InputError, compress
+from dk2pnet.answers import Predictions, predict
 from dk2pnet.data.samples import user_samples
-from dk2pnet.measure import Predictions, divergence, macs, predict
+from dk2pnet.measure import macs
 from dk2pnet.networks.named import make_network
 from dk2pnet.networks.torch.corrections import reestimate_batch_norm
 from dk2pnet.options import CompressOptions
@@ -25,6 +26,7 @@ from dk2pnet.students import tuning as tune
 from dk2pnet.students.latency_budget import Spent
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning_steps import AUTOMATIC_MACS, AUTOMATIC_SECONDS, tuning_of
+from dk2pnet.tasks import divergence
 from dk2pnet.training import fit, trainer
 from toys import OPTIONS, network, run, toy
 
@@ -332,6 +334,15 @@ def test_where_tuning_is_not_kept_the_reconstruction_is_tried():
     assert names(found) == ["teacher", "closed form"]
 
 
+def away(held, error):
+    """Answers with that relative squared error: farther from the mean, by one share everywhere."""
+    mean, n = held.outputs[0].mean(0), len(held)
+    found = Predictions(task=held.task)
+    for count, (x,) in held.parts():
+        found.add([torch.from_numpy(x) + (torch.from_numpy(x) - mean) * math.sqrt(error * n / (n - 1))], count)
+    return found
+
+
 @pytest.mark.parametrize(
     ("error", "batch", "given", "wanted"),
     [
@@ -347,7 +358,7 @@ def test_the_rate_is_higher_where_the_start_is_far(error, batch, given, wanted):
     work = Run()
     teacher = Teacher.open(net(), wide, CompressOptions(tune=5, calibration_images=160), work)
     tuner = tune.Tuner(teacher, work, given)
-    off = Predictions([output * (1 + math.sqrt(error)) for output in teacher.held.outputs], None)
+    off = away(teacher.held, error)
     student = SimpleNamespace(predict=lambda *_: off)
     assert tuner._recipes(SimpleNamespace(student=student))[0].rate == pytest.approx(wanted)
 
@@ -356,7 +367,7 @@ def test_the_rate_is_higher_where_the_start_is_far(error, batch, given, wanted):
 def test_a_network_without_batch_norm_has_one_recipe_at_the_usual_rate(error, wanted):
     model = nn.Sequential(*(module for module in net() if not isinstance(module, nn.BatchNorm2d)))
     teacher = Teacher.open(model, X, CompressOptions(tune=5, calibration_images=160), Run())
-    off = Predictions([output * (1 + math.sqrt(error)) for output in teacher.held.outputs], None)
+    off = away(teacher.held, error)
     tuner = tune.Tuner(teacher, Run())
     recipes = tuner._recipes(SimpleNamespace(student=SimpleNamespace(predict=lambda *_: off)))
     assert [recipe.rate for recipe in recipes] == [wanted]

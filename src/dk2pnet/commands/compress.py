@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from torch import nn
+from torch import Tensor, nn
 
 from dk2pnet import processes
+from dk2pnet.answers import class_numbers
 from dk2pnet.commands.deliver import deliver
+from dk2pnet.data import ImageData
 from dk2pnet.deploy.latency import check_target
 from dk2pnet.errors import InputError
 from dk2pnet.networks.torch.network import TorchNetwork
@@ -94,6 +96,8 @@ def compress(
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work, ExitStack() as whole:
         teacher = Teacher.open(model, data, chosen, work, chosen.first or wanted.kind != "kernels")
         chosen = replace(chosen, criterion=teacher.criterion)
+        if chosen.epochs:
+            _check_labels(teacher)
         if teacher.samples is None and chosen.int8:
             raise InputError("int8 needs images to calibrate on and none were given; give --data, or leave --int8 away")
         recipe = recipe_of({"model": model, "data": data, "budget": wanted}, chosen)
@@ -137,6 +141,7 @@ def compress(
                 "command": work.command or "dk2pnet.compress(...)",
                 "seed": chosen.seed,
                 "criterion": teacher.criterion,
+                "task": teacher.task,
                 "budget": str(wanted),
                 "images": teacher.samples.counts if teacher.samples else {},
                 "seconds": work.clock.seconds,
@@ -173,6 +178,20 @@ def _check(wanted: Budget, data: object, options: CompressOptions) -> None:
         raise InputError(f"{what} is of the training with labels, and epochs is 0; give --epochs too, or leave it away")
     if wanted.in_points and data is None and options.calibration_data is None:
         raise InputError(f"budget {wanted} is decided on images and none were given; give --data")
+
+
+def _check_labels(teacher: Teacher) -> None:
+    """`InputError` for labels that are no classes: others cannot be trained with."""
+    samples = teacher.samples
+    assert samples is not None
+    labels = (
+        samples.train.labels if isinstance(samples.train, ImageData) else next(iter(samples.train or ()), (0, None))[1]
+    )
+    if isinstance(labels, Tensor):
+        try:
+            class_numbers(labels)
+        except InputError as error:
+            raise InputError(f"{error}, for the training (epochs); give epochs=0, or images without labels") from error
 
 
 def _train(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dk2pnet.answers import Predictions
 from dk2pnet.data.samples import Batches, Samples
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.emit import plain_model
@@ -18,9 +19,8 @@ from dk2pnet.deploy.latency import compare_latency, conditions, latency_figures
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.errors import InputError, first_line
-from dk2pnet.measure import accuracy, agreement, outputs_of
+from dk2pnet.measure import outputs_of
 from dk2pnet.networks.network import Network
-from dk2pnet.networks.onnx.answers import OnnxPredictions, mean_error
 from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.options import CompressOptions
 from dk2pnet.plan import Plan
@@ -30,6 +30,7 @@ from dk2pnet.run.run import Run
 from dk2pnet.run.unfinished import keep_logs
 from dk2pnet.students.latency_budget import choose_forms
 from dk2pnet.students.teacher import Teacher
+from dk2pnet.tasks import accuracy, agreement, squared_error
 
 __all__ = ["deliver", "notes_of_file", "write_int8", "write_pt2"]
 
@@ -78,7 +79,8 @@ def deliver(
             figures["form"] = layer.form
         if samples is not None and (options.int8 or target == "onnxruntime-int8"):
             with clock("int8"):
-                metrics["int8"] = write_int8(files, folder, samples, network.example, run, network.batching.fixed)
+                fixed = network.batching.fixed
+                metrics["int8"] = write_int8(files, folder, samples, network.example, run, fixed, teacher.task)
             if "relative_error" in (row := metrics["int8"][-1]):  # the table has no column for it
                 metrics["notes"].append(
                     f"{INT8}: its outputs differ from the teacher's by {row['relative_error']:.2f} % (root mean "
@@ -111,13 +113,19 @@ def notes_of_file(plan: Plan, timed: Mapping[str, Mapping[str, Any]]) -> list[st
 
 
 def write_int8(
-    files: Mapping[str, bytes], folder: Path, samples: Samples, example: Any, run: Run, whole: bool = False
+    files: Mapping[str, bytes],
+    folder: Path,
+    samples: Samples,
+    example: Any,
+    run: Run,
+    whole: bool = False,
+    task: str | None = None,
 ) -> list[dict[str, Any]]:
     """Quantise teacher and student on calibration samples, write the student's int8 file, and compare all four.
 
-    `whole`: the files take whole batches only.
+    `whole`: the files take whole batches only; `task`: of the teacher.
     Returns one row each: `network`, `numbers` (fp32 or int8), `accuracy` on the test split (None without one),
-    `agreement` with the teacher's fp32 answers on held-out samples (of others than classifiers None, and instead the
+    `agreement` with the teacher's fp32 answers on held-out samples (None where the task has no classes, and instead the
     `relative_error` in percent), `bytes`, `latency_ms` in ONNX Runtime.
     """
     contents: dict[tuple[str, str], bytes] = {}
@@ -129,20 +137,20 @@ def write_int8(
     networks = {f"{name} {kind}": content for (name, kind), content in contents.items()}
     times = compare_latency(networks, example, threads=run.threads)
     rows = []
-    reference: OnnxPredictions | None = None
+    reference: Predictions | None = None
     for (name, kind), content in contents.items():
-        held = _predict(content, samples.held_out, run.threads)
+        held = _predict(content, samples.held_out, run.threads, task)
         reference = reference or held
         right = None
-        if samples.test is not None and held.classifies:
+        if samples.test is not None and task == "classify":
             run.progress(f"evaluating: {name} {kind}", 0, 0)
-            answers = _predict(content, samples.test, run.threads)
+            answers = _predict(content, samples.test, run.threads, task)
             right = accuracy(answers) if answers.labels is not None else None
         row: dict[str, Any] = {"network": name, "numbers": kind, "accuracy": right}
         row |= {"agreement": agreement(reference, held), "bytes": len(content)}
         row |= {"latency_ms": times[f"{name} {kind}"].median_ms}
-        if not held.classifies:
-            row["relative_error"] = 100 * mean_error(reference, held) ** 0.5
+        if row["agreement"] is None:
+            row["relative_error"] = 100 * squared_error(reference, held) ** 0.5
         rows.append(row)
     return rows
 
@@ -183,12 +191,9 @@ def _first(batches: Batches, most: int, whole: bool) -> Iterable[Any]:
             done += len(part)
 
 
-def _predict(content: bytes, batches: Batches, threads: int | None) -> OnnxPredictions:
+def _predict(content: bytes, batches: Batches, threads: int | None, task: str | None) -> Predictions:
     running = session(content, threads)
-    names = [output.name for output in running.get_outputs()]
-    parts, labels, done = [], [], 0
+    found = Predictions(names=[output.name for output in running.get_outputs()], task=task)
     for x, y in batches:
-        parts.append(run_onnx(running, x))
-        labels += [] if y is None else [y.cpu()]
-        done += len(x)
-    return OnnxPredictions(names, parts, done, torch.cat(labels) if len(labels) == len(parts) else None)
+        found.add(run_onnx(running, x), len(x), y)
+    return found

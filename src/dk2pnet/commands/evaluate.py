@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from dk2pnet.answers import Predictions, predict
 from dk2pnet.data import ImageData, has_split, load
 from dk2pnet.data.images import batch_size_for
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions, accuracy, macs, parameters, predict
+from dk2pnet.measure import macs, parameters
 from dk2pnet.networks.open import (
     described,
     is_onnx_file,
@@ -22,6 +23,7 @@ from dk2pnet.networks.open import (
 )
 from dk2pnet.options import EvaluateOptions
 from dk2pnet.run.run import Run
+from dk2pnet.tasks import accuracy
 
 __all__ = ["evaluate"]
 
@@ -76,7 +78,7 @@ def _of_onnx(model: str, data: str, chosen: EvaluateOptions, run: Run) -> dict[s
     fixed = network.batching.size if network.batching.fixed else None
     batches = images.batches(fixed or chosen.batch_size or batch_size_for(images.size), normalization)
     answers = network.predict(batches, run, "evaluating in ONNX Runtime", len(images))
-    result = Predictions(answers.outputs[:1], answers.labels)
+    result = Predictions(answers.outputs[:1], answers.labels)  # others are auxiliary heads
     warn_of_other_classes(images, result.outputs)
     return {"accuracy": accuracy(result), "images": len(answers), "bytes": Path(model).stat().st_size}
 

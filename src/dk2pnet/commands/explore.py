@@ -15,12 +15,12 @@ import numpy as np
 from torch import nn
 
 from dk2pnet import processes
+from dk2pnet.answers import Predictions
 from dk2pnet.decompose.select import cheapest
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.latency import check_target, compare_latency, conditions
 from dk2pnet.errors import InputError, TooSmall
 from dk2pnet.estimates import estimate
-from dk2pnet.measure import Predictions, accuracy, agreement
 from dk2pnet.networks.network import Network
 from dk2pnet.options import ExploreOptions, flag_of, plain_value, recipe_of
 from dk2pnet.plan import Budget
@@ -33,6 +33,7 @@ from dk2pnet.students.allocate import candidates_of
 from dk2pnet.students.latency_budget import choose_forms
 from dk2pnet.students.probes import Probe, Prober
 from dk2pnet.students.teacher import Teacher, check_for_onnx
+from dk2pnet.tasks import accuracy, agreement
 
 __all__ = ["compress_command", "default_budgets", "explore", "knee"]
 
@@ -127,6 +128,7 @@ def explore(
                 "command": work.command or "dk2pnet.explore(...)",
                 "seed": chosen.seed,
                 "criterion": teacher.criterion,
+                "task": teacher.task,
                 "images": samples.counts,
                 "seconds": work.clock.seconds,
                 "latency": conditions(teacher.target, network.example, work.threads),
@@ -225,8 +227,10 @@ class _Scale:
         self.samples, self.run = teacher.samples.decide, run
         self.teacher = teacher.network.predict(self.samples, run)
         self.kind = "error"
-        if self.teacher.classifies:
-            self.kind = "disagree" if self.teacher.labels is None else "drop"
+        if teacher.task == "classify" and self.teacher.labels is not None:
+            self.kind = "drop"
+        elif agreement(self.teacher, self.teacher) is not None:
+            self.kind = "disagree"
         names = {"drop": "accuracy", "disagree": "agreement with the teacher", "error": "error of the outputs"}
         self.name = names[self.kind]
         self.sign = -1 if self.kind == "error" else 1

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dk2pnet.answers import predict
 from dk2pnet.data import ImageData, Normalization, split_training
 from dk2pnet.data.images import batch_size_for
 from dk2pnet.data.sources import load_test
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
-from dk2pnet.measure import accuracy, macs, parameters, predict
+from dk2pnet.measure import is_classifier, macs, parameters
 from dk2pnet.networks.open import described, load_data, open_network
 from dk2pnet.networks.saved import save_student
 from dk2pnet.networks.torch.network import TorchNetwork, write_onnx
@@ -27,6 +28,7 @@ from dk2pnet.run.device import environment
 from dk2pnet.run.out_folder import check_out, new_folder, write_json, write_recipe
 from dk2pnet.run.run import Run
 from dk2pnet.run.unfinished import keep_logs, unfinished
+from dk2pnet.tasks import accuracy
 from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.trainer import TrainingOptions
 
@@ -180,4 +182,4 @@ def _accuracy(net: nn.Module, images: ImageData | None, norm: Normalization, run
     if images is None or images.labels is None:
         return None
     found = predict(net, images.batches(batch_size_for(images.size), norm), run.device)
-    return accuracy(found) if found.classifies else None
+    return accuracy(found) if is_classifier(found.outputs) else None

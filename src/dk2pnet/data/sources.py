@@ -34,6 +34,10 @@ _SPLITS = {name: name for name in ("train", *_TEST)} | {"training": "train", "te
 
 _SHARD = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-(?P<total>\d{5})(-[0-9a-f]+)?\.parquet")
 
+# Folders of a data set of segmentation, in small letters.
+_PICTURES = {"image", "images", "img", "imgs", "jpegimages", "photos", "rgb"}
+_MASKS = {"annotation", "annotations", "gt", "labels", "mask", "masks", "segmentation", "segmentationclass", "trimaps"}
+
 _IMAGE_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -217,9 +221,22 @@ def _image_splits(folder: Path) -> dict[str, Callable[[], Any]]:
         raise InputError(
             f"folder {folder} holds neither images nor parquet shards SPLIT-SSSSS-of-NNNNN.parquet; give one that does"
         )
+    for place in places.values():
+        _refuse_masks(place)
     # A class without images in one split must not shift the numbers of the others.
     classes = sorted({child.name for place in places.values() for child in _class_folders(place)})
     return {split: partial(_open_images, place, classes) for split, place in places.items()}
+
+
+def _refuse_masks(folder: Path) -> None:
+    """Of segmentation: masks are no class, and would calibrate."""
+    children = _class_folders(folder)
+    images, masks = (next((c for c in children if c.name.lower() in names), None) for names in (_PICTURES, _MASKS))
+    if images and masks:
+        raise InputError(
+            f"folder {folder} holds {_names(children)}: images and, by their name, masks of segmentation, which would be "
+            f"taken for two classes; give the images alone: {images}"
+        )
 
 
 def _names(folders: list[Path]) -> str:

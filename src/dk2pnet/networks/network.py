@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from dk2pnet.answers import Predictions
 from dk2pnet.data import Normalization
 from dk2pnet.data.arrays import Arrays, Feed
 from dk2pnet.data.samples import Batches, Batching, Samples
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import Predictions
 from dk2pnet.plan import Plan
 from dk2pnet.run.run import Run
 from dk2pnet.training.recipe import Recipe
@@ -132,7 +132,7 @@ class Network(Protocol):
     example: Any  # one input, as it is timed and exported: a tensor (1, C, H, W) or a `Feed`
     default_criterion: str
     reconstructs_first: bool  # whether the reconstruction comes before tuning, and not only where that is not kept
-    measure: str  # what `divergence` measures
+    task: str | None  # what its answers are for, one of `tasks.TASKS`, once that is known
     plan: Plan | None  # where it was compressed before
     spec: dict[str, Any] | None  # arguments of `named.make_network`; None for what has to be given again
 
@@ -173,15 +173,7 @@ class Network(Protocol):
         ...
 
     def predict(self, batches: Batches, run: Run, what: str = "", total: int = 0) -> Predictions:
-        """What it answers, in evaluation mode; with `what` it shows progress."""
-        ...
-
-    def divergence(self, teacher: Predictions, student: Predictions) -> float:
-        """How far a student's answers are from the teacher's; infinite where they are not finite."""
-        ...
-
-    def figures(self, teacher: Predictions, student: Predictions) -> dict[str, Any]:
-        """What a stage of the report says beside accuracy and agreement."""
+        """What it answers, in evaluation mode, for its `task`; with `what` it shows progress."""
         ...
 
     def moments(

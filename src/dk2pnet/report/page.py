@@ -147,7 +147,7 @@ def _energy(value: float | None) -> str:
 
 def facts_of(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What somebody needs to know to repeat the run, as (name, value)."""
-    facts = [(key, str(run[key])) for key in ("seed", "criterion", "budget") if run.get(key) is not None]
+    facts = [(key, str(run[key])) for key in ("seed", "criterion", "task", "budget") if run.get(key) is not None]
     told = (("images", format_count), ("seconds", _number), ("latency", str), ("versions", str), ("hardware", str))
     for key, write in told:
         if run.get(key):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from dk2pnet import processes
+from dk2pnet.answers import Predictions
 from dk2pnet.data.samples import Batches
-from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Corrections, Network
 from dk2pnet.run.run import Run
+from dk2pnet.tasks import MEASURES, divergence, task_of
 
 __all__ = ["Judge"]
 
@@ -21,13 +22,19 @@ class Judge:
 
     def divergence(self, student: Network) -> float:
         """On the held-out samples; all processes take the main one's."""
-        found = [self.teacher.divergence(self.answers, student.predict(self.held_out, self.run))]
+        found = [divergence(self.answers, student.predict(self.held_out, self.run))]
         processes.broadcast(found)
         return found[0]
 
     def entry(self, what: str, before: float, after: float | None, kept: bool) -> dict[str, Any]:
         """A decision as metrics.json has it."""
-        return {"what": what, "before": before, "after": after, "kept": kept, "measure": self.teacher.measure}
+        return {
+            "what": what,
+            "before": before,
+            "after": after,
+            "kept": kept,
+            "measure": MEASURES[task_of(self.answers)],
+        }
 
     def closer(self, what: str, before: Network, after: Network, decisions: list[dict[str, Any]]) -> Network:
         """The one of two students that is kept."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dk2pnet import tasks
+from dk2pnet.answers import Predictions
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions, accuracy, agreement
 from dk2pnet.networks.network import Network
 from dk2pnet.plan import LayerPlan
 from dk2pnet.run.run import Run
@@ -34,15 +35,14 @@ class Figures:
                 raise InputError(
                     "the compressed network's outputs are not finite; give more calibration images or a larger budget"
                 )
-            figures |= self.teacher.network.figures(held, answers)
-            figures["agreement"] = agreement(held, answers)
+            figures |= tasks.figures(held, answers)
         if samples.test is not None:
             total = samples.counts.get("test", 0)
             answers = network.predict(samples.test, self.run, f"evaluating: {name}", total)
             self.test[name] = answers
             samples.counts["test"] = len(answers)
-            if answers.labels is not None and answers.classifies:
-                figures["accuracy"] = accuracy(answers)
+            if answers.labels is not None and self.teacher.task == "classify":
+                figures["accuracy"] = tasks.accuracy(answers)
         return figures
 
 

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 from dk2pnet import processes
+from dk2pnet.answers import Predictions
 from dk2pnet.data.samples import Batches, Every
 from dk2pnet.errors import Refused, TooSmall
 from dk2pnet.estimates import Estimate, estimate
-from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Network
 from dk2pnet.plan import Budget
 from dk2pnet.students.figures import Figures

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dk2pnet.answers import Predictions
 from dk2pnet.data import ImageData, has_split
 from dk2pnet.data.samples import Samples, any_split, array_samples, named_samples, user_samples
 from dk2pnet.data.sources import load_test
-from dk2pnet.decompose.moments import CRITERIA
+from dk2pnet.decompose.moments import CRITERIA, Moments
 from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.errors import InputError
-from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Site
 from dk2pnet.networks.open import (
     described,
@@ -29,12 +29,16 @@ from dk2pnet.networks.open import (
     random_weights,
     warn_of_other_classes,
 )
+from dk2pnet.networks.patches import geometry_of
 from dk2pnet.options import CompressOptions, ExploreOptions
 from dk2pnet.run.run import Run
 from dk2pnet.students.tuning_steps import Tuning, tuning_of
+from dk2pnet.tasks import can_be, check_task, guess, is_uncertain
 from dk2pnet.training.checkpoint import digest_of
 
 __all__ = ["Teacher", "check_for_onnx"]
+
+_ALWAYS_FITS = 2**26  # bytes of statistics of one layer
 
 _log = logging.getLogger(__name__)
 
@@ -84,8 +88,7 @@ class Teacher:
         epochs = options.epochs if isinstance(options, CompressOptions) else 0
         network, samples, training = _running(model, data, options, run)
         sites = network.sites(options.keep, first)
-        if all(site.reason for site in sites):
-            raise InputError(f"{_name(model)} has no convolution that can be decomposed: {_reasons(sites)}")
+        _check_open(model, sites)
         named = None if training is None else options.calibration_data or str(data)
         criterion = options.criterion or network.default_criterion
         if samples is None and (CRITERIA[criterion][0] or epochs):
@@ -93,7 +96,7 @@ class Teacher:
             raise InputError(
                 f"{what} needs images and none were given; give --data, or use --criterion weight --epochs 0"
             )
-        held = None
+        held, task, unsure = None, None, False
         if samples is not None:
             held = network.predict(samples.held_out, run)
             if (where := held.infinite()) is not None:
@@ -101,14 +104,23 @@ class Teacher:
                     f"the network's outputs are not finite on the held-out samples{where}; "
                     "check the weights, and the normalisation of images"
                 )
-            if training is not None and held.classifies:
+            if options.task is not None:
+                check_task(options.task, held)
+            known = training is not None and held.shapes() == [(_classes(training),)]
+            task = network.task = held.task = options.task or ("classify" if known else guess(held))
+            unsure = not known and options.task is None and task == "classify" and is_uncertain(held)
+            if training is not None and task == "classify":
                 warn_of_other_classes(training, held.outputs)
-        if criterion == "loss" and held is not None and not held.classifies:
-            shapes = " and ".join(str((1, *output.shape[1:])) for output in held.outputs)
+        criterion = options.criterion or (network.default_criterion if task in (None, "classify") else "response")
+        if criterion == "loss" and held is not None and task != "classify":
+            shapes = " and ".join(str((1, *shape)) for shape in held.shapes())
             raise InputError(
                 "criterion 'loss' needs a classifier (one row of class scores per image), but the network returns "
-                f"{shapes}; use --criterion response"
+                f"{shapes}, taken for task {task!r}; use --criterion response"
+                + (", or --task classify" if options.task is None and can_be("classify", held) else "")
             )
+        _leave_what_does_not_fit(sites, criterion, options.memory)
+        _check_open(model, sites)
         tuning = tuning_of(options.tune, epochs=epochs, samples=samples, macs=network.macs)
         learner = None
         if tuning.wanted and samples is not None:
@@ -120,7 +132,17 @@ class Teacher:
         if random:
             _log.warning("%s", random)
         notes = [said for said in (random, tuning.said) if said]
+        if held is not None and unsure:
+            notes.append(
+                f"the {held.shapes()[0][0]} numbers that the network gives for an image are taken for scores of "
+                "classes; if they are something else, say so (--task regress, embed or multilabel)"
+            )
         return cls(network, samples, held, sites, criterion, tuning, learner, named, options, notes)
+
+    @property
+    def task(self) -> str | None:
+        """What the network's answers are for; None where there are no samples to tell it by."""
+        return self.network.task
 
     @property
     def target(self) -> str:
@@ -140,6 +162,29 @@ class Teacher:
             arrays = {"first batch": first} if isinstance(first, Tensor) else first.arrays
             found["digest_of_images"] = digest_of({name: _as_tensor(array) for name, array in arrays.items()})
         return found
+
+
+def _check_open(model: Any, sites: list[Any]) -> None:
+    if all(site.reason for site in sites):
+        raise InputError(f"{_name(model)} has no convolution that can be decomposed: {_reasons(sites)}")
+
+
+def _leave_what_does_not_fit(sites: list[Any], criterion: str, memory: float) -> None:
+    """Layers whose own statistics are more than `memory` GiB stay dense: kernels of hundreds of places, or thousands of
+    channels, would take the machine's."""
+    needs_samples, needs_gradients = CRITERIA[criterion]
+    for site in sites:
+        if site.reason or not needs_samples:
+            continue
+        groups, inputs, outputs = geometry_of(site.conv)
+        needed = Moments.bytes_needed(groups, inputs, outputs if needs_gradients else None)
+        if needed > max(memory * 2**30, _ALWAYS_FITS):
+            site.reason = f"its statistics take {needed / 2**30:.1f} GiB, more than --memory {memory:g}"
+            _log.warning("%s stays dense: %s", site.name, site.reason)
+
+
+def _classes(data: ImageData) -> int:
+    return 0 if data.labels is None else len(data.classes or ()) or int(data.labels.max()) + 1
 
 
 def _as_tensor(array: Any) -> Any:

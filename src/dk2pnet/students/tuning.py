@@ -18,18 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dk2pnet import processes
+from dk2pnet.answers import Predictions, predict
 from dk2pnet.data import ImageData
 from dk2pnet.data.images import SMALL
 from dk2pnet.data.samples import Samples, spread
 from dk2pnet.data.tensors import TensorImages
 from dk2pnet.errors import Refused
-from dk2pnet.measure import Predictions, divergence, predict, squared_error
 from dk2pnet.networks.network import Network
 from dk2pnet.run.out_folder import write_json
 from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import Solved
 from dk2pnet.students.decisions import Judge
 from dk2pnet.students.teacher import Teacher
+from dk2pnet.tasks import divergence
 from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.hints import find_pairs
 from dk2pnet.training.recipe import Recipe, choose, steps_beside_trials, trial_steps
@@ -79,7 +80,7 @@ class Tuner:
             least = min(len(x) for x, _ in self.samples.gather)
             images = self.source.data if isinstance(self.source.data, TensorImages) else None
             batch = batch if images is not None and images.kept is not None else least
-        changes: dict[str, Any] = {"batch_size": batch, "precision": precision, "seed": run.seed}
+        changes: dict[str, Any] = {"batch_size": batch, "precision": precision, "seed": run.seed, "task": teacher.task}
         if batch < _FEWEST_FOR_BATCH_NORM:
             changes["batch_norm"] = "frozen"
         self.options = replace(options, checkpoint_every=teacher.options.checkpoint_every, **changes)
@@ -198,15 +199,14 @@ class Tuner:
     def _distance(self, module: nn.Module) -> float:
         """From the teacher, on some of the held-out samples, of a module in training."""
         answers, batches = self._some
-        measure = divergence if "KL" in self.teacher.network.measure else squared_error
-        return measure(answers, predict(module, batches, self.run.device))
+        return divergence(answers, predict(module, batches, self.run.device))
 
     @cached_property
     def _some(self) -> tuple[Predictions, list[Any]]:
         """Some held-out samples as the learner takes them, and the answers of its teacher."""
         step = max(1, self.samples.counts["held out"] // (_WATCHED if self.large else _WATCHED_SMALL))
         batches = list(self.learner.held_out(self.samples, step))
-        return predict(self.learner.teacher, batches, self.run.device), batches
+        return predict(self.learner.teacher, batches, self.run.device, task=self.teacher.task), batches
 
     def _train(
         self,

@@ -9,14 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dk2pnet.answers import predict
 from dk2pnet.data import SMALLEST_CROP, ImageData, Normalization
 from dk2pnet.data.images import augmentation_for, batch_size_for
 from dk2pnet.data.tensors import TensorBatches, TensorImages
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
-from dk2pnet.measure import accuracy, predict
 from dk2pnet.processes import count
 from dk2pnet.run.run import Run
+from dk2pnet.tasks import accuracy
 from dk2pnet.training.trainer import TrainingOptions, train
 
 __all__ = ["Source", "fit"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from dk2pnet.answers import class_numbers
 from dk2pnet.errors import InputError
-from dk2pnet.measure import class_numbers
 
 __all__ = [
     "DEFAULT_METHOD",

@@ -69,8 +69,9 @@ class TrainingOptions:
     distillation against the labels' cross-entropy; ``distill``: weight of the outputs' distillation beside the hints
     where images have no labels; ``beta``, ``kp_tau``: weight of each hint (None: the method's own) and its
     temperature; ``beta_end``: what is left of that weight at the end, to which it falls linearly; ``pre_regressor``:
-    one at every hint, also where channels agree; ``precision``: ``fp32``, ``bf16`` (autocast) or ``auto``
-    (`choose_precision`); ``compile``: by `torch.compile`; ``checkpoint_every``: seconds.
+    one at every hint, also where channels agree; ``task``: what the outputs are for, as in `tasks` (None: by their
+    shape); those of ``classify`` are distilled by softened logits; ``precision``: ``fp32``, ``bf16`` (autocast) or
+    ``auto`` (`choose_precision`); ``compile``: by `torch.compile`; ``checkpoint_every``: seconds.
     """
 
     epochs: int = TrainOptions.epochs
@@ -91,6 +92,7 @@ class TrainingOptions:
     kp_tau: float = TrainOptions.kp_tau
     beta_end: float = TrainOptions.beta_end
     pre_regressor: bool = TrainOptions.pre_regressor
+    task: str | None = None
     precision: str = TrainOptions.precision
     compile: bool = TrainOptions.compile
     seed: int = 0
@@ -548,7 +550,7 @@ def _loss(
         else:
             weights["kd"] = options.distill
         if weights["kd"] or _comparable(outputs, wanted):
-            terms["kd"] = _output_loss(outputs, wanted, options.tau)
+            terms["kd"] = _output_loss(outputs, wanted, options)
         else:
             unused = unused + outputs
     loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -576,15 +578,15 @@ def _comparable(outputs: list[Tensor], wanted: list[Tensor]) -> bool:
     return [output.shape for output in compared] == [output.shape for output in wanted]
 
 
-def _output_loss(outputs: list[Tensor], wanted: list[Tensor], tau: float) -> Tensor:
+def _output_loss(outputs: list[Tensor], wanted: list[Tensor], options: TrainingOptions) -> Tensor:
     """Softened logits for a classifier, else the squared error over the teacher's energy, the mean over outputs."""
-    if is_classifier(wanted):
+    if options.task in (None, "classify") and is_classifier(wanted):
         if not _comparable(outputs, wanted):
             raise InputError(
                 f"the teacher gives {wanted[0].shape[1]} class scores and the student tensors of shape "
                 f"{tuple(outputs[0].shape)}; give a teacher of the same classes, or use its hints alone (--alpha 0)"
             )
-        return distillation(outputs[0], wanted[0], tau)
+        return distillation(outputs[0], wanted[0], options.tau)
     if not _comparable(outputs, wanted):
         raise InputError(
             f"the network gives {len(outputs)} outputs while it trains and the teacher {len(wanted)}, or they differ "

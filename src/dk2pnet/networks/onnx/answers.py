@@ -1,91 +1,23 @@
-"""What an ONNX graph answers, how far another's answers are from it, and the proof that a rewritten one is right."""
+"""Which tensors of an ONNX graph are compared with another's, and the proof that a rewritten one is right."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import ModelProto
-from torch import Tensor
 
 from dk2pnet.data.arrays import Feed
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import Predictions
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.runner import tensors_of
 
-__all__ = ["OnnxPredictions", "check_repeats", "comparable", "errors_of", "mean_error", "proven"]
+__all__ = ["check_repeats", "comparable", "proven"]
 
 # How much the rewritten file may differ from the same graph with the folded weights: both compute the same.
 _EXACT = 1e-3
-
-
-class OnnxPredictions(Predictions):
-    """Answers batch by batch, as their shapes may vary and they may be whole numbers: `parts` holds for each batch the
-    arrays of all `names`."""
-
-    def __init__(self, names: Sequence[str], parts: list[list[Any]], samples: int, labels: Tensor | None) -> None:
-        self.names, self.parts, self.samples, self.labels = list(names), parts, samples, labels
-
-    def __len__(self) -> int:
-        return self.samples
-
-    @property
-    def classifies(self) -> bool:
-        """Whether there is one row of at least two class scores per sample."""
-        first = self.parts[0][0]
-        return len(self.names) == 1 and isinstance(first, np.ndarray) and first.ndim == 2 and first.shape[1] >= 2
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """All batches together; `InputError` where they do not fit together."""
-        found = []
-        for name, arrays in zip(self.names, zip(*self.parts, strict=True), strict=True):
-            if not all(isinstance(each, np.ndarray) and each.dtype.kind in "fiub" for each in arrays):
-                raise InputError(f"the output {name!r} is no tensor of numbers, of which nothing can be said")
-            if len({each.shape[1:] for each in arrays}) > 1 or any(each.ndim == 0 for each in arrays):
-                raise InputError(f"the output {name!r} differs in size from batch to batch; give inputs of one size")
-            found.append(torch.from_numpy(np.concatenate(arrays)))
-        return found
-
-    @outputs.setter
-    def outputs(self, value: list[Tensor]) -> None:
-        raise AttributeError("they are read from the parts")
-
-    def infinite(self) -> str | None:
-        """The first output without any finite number in a batch."""
-        for name, arrays in zip(self.names, zip(*self.parts, strict=True), strict=True):
-            floats = (each for each in arrays if isinstance(each, np.ndarray) and each.size and each.dtype.kind == "f")
-            if not all(np.isfinite(each).any() for each in floats):
-                return f" (output {name!r})"
-        return None
-
-
-def errors_of(teacher: Predictions, student: Predictions) -> dict[str, float]:
-    """By output: the squared error relative to the output's energy (to that of all outputs where the teacher is silent
-    in it), 1 where the shapes differ."""
-    assert isinstance(teacher, OnnxPredictions)
-    assert isinstance(student, OnnxPredictions)
-    errors, energies = {}, {}
-    for number, name in enumerate(teacher.names):
-        off = energy = 0.0
-        for expected, given in zip(teacher.parts, student.parts, strict=True):
-            e, o = _difference(expected[number], given[number])
-            off, energy = off + o, energy + e
-        errors[name], energies[name] = off if np.isfinite(off) else math.inf, energy
-    total = sum(energies.values()) or 1e-300
-    return {name: off / (energies[name] or total) for name, off in errors.items()}
-
-
-def mean_error(teacher: Predictions, student: Predictions) -> float:
-    """Of all outputs, the mean of what `errors_of` gives."""
-    errors = errors_of(teacher, student)
-    return sum(errors.values()) / max(len(errors), 1)
 
 
 def check_repeats(graph: OnnxGraph, single: Feed, model: str, threads: int | None) -> None:
@@ -143,24 +75,6 @@ def proven(
             "which should not happen; find the convolution by --keep, and report it"
         )
     return content, worst
-
-
-def _difference(expected: Any, given: Any) -> tuple[float, float]:
-    """Energy of what was expected, and of the difference; of whole numbers, how many there are and how many differ."""
-    if not isinstance(expected, np.ndarray):
-        return 0.0, 0.0
-    if expected.dtype.kind != "f":
-        same = expected.shape == given.shape
-        return float(expected.size), float((expected != given).sum()) if same else float(expected.size)
-    good = np.isfinite(expected)  # an output may hold -inf by intention, as a mask
-    a = np.where(good, expected, 0).astype(np.float64)
-    energy = float(np.square(a).sum())
-    if expected.shape != given.shape:
-        return energy, energy
-    b = np.where(good, given, 0).astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        off = float(np.square(a - b).sum())
-    return energy, off if off == off else math.inf
 
 
 def comparable(graph: OnnxGraph, feed: Feed, threads: int | None) -> list[str]:

@@ -17,19 +17,20 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, fx, nn
 
+from dk2pnet.answers import Predictions
 from dk2pnet.data import Normalization
 from dk2pnet.data.arrays import Feed
 from dk2pnet.data.samples import Batches, Samples
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d, set_form
-from dk2pnet.measure import Predictions, is_classifier
+from dk2pnet.measure import is_classifier
 from dk2pnet.networks.network import NotLearnable
-from dk2pnet.networks.onnx.answers import mean_error
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.sites import OnnxSite
 from dk2pnet.networks.torch.gather import gather_moments
 from dk2pnet.run.run import Run
+from dk2pnet.tasks import squared_error
 from dk2pnet.training.recipe import Recipe
 from dk2pnet.training.trainer import TUNING, TrainingOptions
 
@@ -88,11 +89,11 @@ class OnnxLearner:
 
     def recipes(self, teacher: Predictions, start: Predictions, options: TrainingOptions) -> list[Recipe]:
         """At a rate by the relative error of the outputs."""
-        return [Recipe(rate_for(mean_error(teacher, start)), "frozen")]
+        return [Recipe(rate_for(squared_error(teacher, start)), "frozen")]
 
     def moments(self, samples: Samples, memory: int, run: Run) -> Iterator[dict[str, Moments]]:
         """With gradients, of a classifier."""
-        model = _Scores(self.graph.student({name: site.conv for name, site in self.sites.items()}))
+        model = _First(self.graph.student({name: site.conv for name, site in self.sites.items()}))
         with torch.no_grad():
             scores = model.module(self.example)
         if not is_classifier(list(scores)):
@@ -100,9 +101,6 @@ class OnnxLearner:
                 "criterion 'loss' needs a classifier (one row of class scores per image), but the graph returns "
                 f"{' and '.join(str(tuple(each.shape)) for each in scores)}; use --criterion response"
             )
-        model.probabilities = bool((scores[0] >= 0).all()) and torch.allclose(
-            scores[0].sum(1), torch.ones(len(scores[0])), atol=1e-3
-        )
         convolutions: dict[str, Any] = {name: model.module.get_submodule(path) for name, path in self.names.items()}
         total = samples.counts["calibration"]
         yield from gather_moments(
@@ -135,16 +133,15 @@ class Tensors:
             yield torch.from_numpy(next(iter(x.arrays.values()))) if isinstance(x, Feed) else x, None
 
 
-class _Scores(nn.Module):
-    """The one output of a converted graph as logits; those of a graph that ends in a softmax are its logarithms."""
+class _First(nn.Module):
+    """The one output of a converted graph."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self.probabilities = module, False
+        self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.module(x)[0]
-        return scores.clamp_min(1e-30).log() if self.probabilities else scores
+        return self.module(x)[0]
 
 
 class AsTorch:

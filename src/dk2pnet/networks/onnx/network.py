@@ -16,6 +16,7 @@ from onnx import ModelProto
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dk2pnet.answers import Predictions
 from dk2pnet.data import Normalization
 from dk2pnet.data.arrays import Arrays, Feed, Input, example_feed, read_arrays
 from dk2pnet.data.samples import Batches, Batching, Samples
@@ -25,9 +26,8 @@ from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.errors import InputError, first_line
 from dk2pnet.layer import DKConv2d
-from dk2pnet.measure import Predictions
 from dk2pnet.networks.network import Corrections, Settings, Solution
-from dk2pnet.networks.onnx.answers import OnnxPredictions, check_repeats, comparable, errors_of, mean_error, proven
+from dk2pnet.networks.onnx.answers import check_repeats, comparable, proven
 from dk2pnet.networks.onnx.gather import gather_onnx
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.learner import OnnxLearner
@@ -57,13 +57,13 @@ class OnnxNetwork:
     layers: dict[str, DKConv2d] = field(default_factory=dict)
     batching: Batching = Batching(_MOST)
     example: Feed = field(default_factory=lambda: Feed({}))
+    task: str | None = None
     names: list[str] = field(default_factory=list)  # of the tensors that are compared
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     found: dict[str, OnnxSite] = field(default_factory=dict)
 
     default_criterion = "response"
     reconstructs_first = True  # its tuning starts from there: batch norm is folded away, which would make up for much
-    measure = "relative squared error"
     spec: dict[str, Any] | None = None
     plan: Plan | None = None
 
@@ -213,10 +213,10 @@ class OnnxNetwork:
             return self.graph.proto
         return rewrite(self.graph, self.layers, dict.fromkeys(self.layers, "folded") if forms is None else forms)
 
-    def predict(self, batches: Batches, run: Run, what: str = "", total: int = 0) -> OnnxPredictions:
+    def predict(self, batches: Batches, run: Run, what: str = "", total: int = 0) -> Predictions:
         """In ONNX Runtime. Where the graph takes a fixed number of samples, a batch that is not full is filled up."""
-        proto, labels, parts, done = self.proto(), [], [], 0
-        runner = None
+        proto, runner = self.proto(), None
+        found: Predictions | None = None
         for x, y in batches:
             feed = self.feed(x)
             missing = (self.batching.size or 0) - len(feed) if self.batching.fixed else 0
@@ -236,24 +236,13 @@ class OnnxNetwork:
                     "give some that fit (--input-size)"
                 ) from error
             row = [answers[name] for name in self.names]
-            parts.append([a[: len(x)] if missing > 0 and isinstance(a, np.ndarray) else a for a in row])
-            labels += [] if y is None else [y]
-            done += len(x)
+            found = found or Predictions(names=self.names, task=self.task)
+            found.add([a[: len(x)] if missing > 0 and isinstance(a, np.ndarray) else a for a in row], len(x), y)
             if what:
-                run.progress(what, done, total)
-        if not parts:
+                run.progress(what, len(found), total)
+        if found is None:
             raise InputError("there are no samples to evaluate on")
-        known = torch.cat(labels) if len(labels) == len(parts) else None
-        return OnnxPredictions(self.names, parts, done, known)
-
-    def divergence(self, teacher: Predictions, student: Predictions) -> float:
-        """The relative squared error of each output, their mean."""
-        return mean_error(teacher, student)
-
-    def figures(self, teacher: Predictions, student: Predictions) -> dict[str, Any]:
-        """Errors of the outputs in percent, root mean square."""
-        errors = {name: 100 * math.sqrt(error) for name, error in errors_of(teacher, student).items()}
-        return {"relative_error": 100 * math.sqrt(mean_error(teacher, student)), "relative_errors": errors}
+        return found
 
     # -- students ----------------------------------------------------------------------------------------------------
 

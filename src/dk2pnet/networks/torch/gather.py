@@ -14,6 +14,7 @@ from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
 from dk2pnet.measure import in_layout, inference_of, is_classifier, layout_of, outputs_of
 from dk2pnet.networks.patches import geometry_of, in_groups, patches_of, uniform_of
+from dk2pnet.tasks import log_scores
 
 __all__ = ["gather_moments"]
 
@@ -64,12 +65,12 @@ def gather_moments(
 # -- inside -------------------------------------------------------------------------------------------------------
 
 
-def _sampled_labels(logits: Tensor, first_index: int, seed: int) -> Tensor:
+def _sampled_labels(log_probabilities: Tensor, first_index: int, seed: int) -> Tensor:
     """A label drawn from the model's own distribution for each image."""
-    edges = logits.detach().double().softmax(1).cumsum(1)
-    draws = uniform_of(np.arange(first_index, first_index + len(logits)), 2 * seed + 1)
+    edges = log_probabilities.detach().double().softmax(1).cumsum(1)
+    draws = uniform_of(np.arange(first_index, first_index + len(log_probabilities)), 2 * seed + 1)
     labels = torch.searchsorted(edges, torch.from_numpy(draws).unsqueeze(1).to(edges.device)).squeeze(1)
-    return labels.clamp_max(logits.shape[1] - 1)
+    return labels.clamp_max(log_probabilities.shape[1] - 1)
 
 
 def _one_pass(
@@ -153,8 +154,9 @@ def _one_pass(
                             "criterion 'loss' needs gradients, and none come through the network to its convolutions "
                             "(detach() or no_grad() in its forward?); use --criterion response"
                         )
-                    labels = _sampled_labels(logits, first_image + done, seed)
-                    F.cross_entropy(logits, labels, reduction="sum").backward()
+                    scores = log_scores(logits)
+                    labels = _sampled_labels(scores, first_image + done, seed)
+                    F.nll_loss(scores, labels, reduction="sum").backward()
                 for sums in moments.values():
                     sums.count_images(size)
             else:

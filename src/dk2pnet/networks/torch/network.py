@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dk2pnet import __version__, processes
+from dk2pnet.answers import Predictions, predict
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.data.arrays import Arrays, Feed
 from dk2pnet.data.images import SMALL
@@ -28,7 +29,7 @@ from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.deploy.quantize import quantize_onnx
 from dk2pnet.errors import InputError, Refused, first_line
 from dk2pnet.layer import DKConv2d, set_fast_form, set_form
-from dk2pnet.measure import Predictions, divergence, evaluation, macs, parameters, predict, squared_error
+from dk2pnet.measure import evaluation, macs, parameters
 from dk2pnet.modules import copy_model
 from dk2pnet.networks.network import Corrections, Settings, Site, Solution
 from dk2pnet.networks.saved import load_student, save_student
@@ -45,6 +46,7 @@ from dk2pnet.networks.torch.reconstruct import reconstruct
 from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.plan import Plan
 from dk2pnet.run.run import Run
+from dk2pnet.tasks import squared_error
 from dk2pnet.training.checkpoint import digest_of
 from dk2pnet.training.recipe import Recipe
 from dk2pnet.training.trainer import TUNING, TrainingOptions
@@ -70,7 +72,7 @@ class TorchNetwork:
     plan: Plan | None = None
     example: Tensor = field(default_factory=lambda: torch.zeros(1))
     given: nn.Module | None = None  # the user's own, which is never changed
-    measure: str = "relative squared error"  # KL for a classifier, once that is known
+    task: str | None = None
 
     batching = Batching()
     default_criterion = "loss"
@@ -129,10 +131,9 @@ class TorchNetwork:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
         self.example = example[:1].detach().to(run.device)
-        if self._check_output().classifies:
-            self.measure = "KL(teacher || student)"
+        self._check_output()
 
-    def _check_output(self) -> Predictions:
+    def _check_output(self) -> None:
         try:
             found, again = (predict(self.model, [(self.example, None)], self.device) for _ in range(2))
         except InputError:
@@ -150,13 +151,26 @@ class TorchNetwork:
                 f"the network cannot run an image of shape {tuple(self.example.shape)} ({first_line(error)}); "
                 "give images of its size (--input-size)"
             ) from error
+        self._check_number(len(found.names))
         if not all(_alike(a, b) for a, b in zip(found.outputs, again.outputs, strict=True)):
             raise InputError(
                 "the network gives other outputs each time for the same image, also in evaluation mode, so nothing can "
                 "be compared with it; look for dropout without training=self.training"
             )
         self._check_copy()
-        return found
+
+    def _check_number(self, one: int) -> None:
+        """Refuse a network with as many outputs as it finds objects, or images: none belongs to one of another's."""
+        try:
+            two = len(predict(self.model, [(torch.cat([self.example] * 2), None)], self.device).names)
+        except Exception:  # it may take one image only, which will be met again
+            return
+        if two != one:
+            raise InputError(
+                f"the network gives {one} outputs for one image and {two} for two, as detectors that select boxes do, "
+                "so that students cannot be compared with it; give the part of it that always gives as many "
+                "(model.backbone), and put the student in its place"
+            )
 
     def _check_copy(self) -> None:
         """Refuse a network whose copy is not one of its own: hooks and functions in it that captured the original
@@ -215,15 +229,7 @@ class TorchNetwork:
 
     def predict(self, batches: Batches, run: Run, what: str = "", total: int = 0) -> Predictions:
         """In evaluation mode, on the device where it is."""
-        return predict(self.model, batches, run.device, run.says(what, total) if what else None)
-
-    def divergence(self, teacher: Predictions, student: Predictions) -> float:
-        """As `measure.divergence`."""
-        return divergence(teacher, student)
-
-    def figures(self, teacher: Predictions, student: Predictions) -> dict[str, Any]:
-        """Nothing more."""
-        return {}
+        return predict(self.model, batches, run.device, run.says(what, total) if what else None, self.task)
 
     # -- students ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,195 @@
+"""What a network answers to samples, kept batch by batch: in memory while it is little, else on disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dk2pnet.errors import InputError
+from dk2pnet.measure import evaluation, layout_of, outputs_of
+
+__all__ = ["Predictions", "class_numbers", "predict"]
+
+# Bytes of answers to one set of samples that stay in memory: a thousand images of a thousand classes are 4 MB, two
+# hundred maps of 21 classes at 224 x 224 are 840.
+KEPT = 2**28
+
+
+class Predictions:
+    """A network's answers to samples: ``parts`` gives the arrays of one batch after the other, all `outputs` together.
+
+    Samples lie along the first axis of an array, also where the network puts them second, as in ``(T, B, classes)``.
+
+    Parameters
+    ----------
+    outputs, labels : of one batch, where there is no other; `add` takes further ones
+    names : of the outputs; where they are given, an array may hold numbers that are not finite, as a mask does
+    task : what the answers are for, one of `tasks.TASKS`; None for what they look like
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[Any] = (),
+        labels: Tensor | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        task: str | None = None,
+    ) -> None:
+        self.given_names, self.task = names, task
+        self.counts: list[int] = []  # samples of each batch
+        self._shapes: list[list[tuple[int, ...] | None]] = []
+        self._rows: list[list[Any]] = []  # arrays, or where in the file they begin
+        self._labels: list[Tensor] = []
+        self._bytes = 0
+        self._file: IO[bytes] | None = None
+        self.known: dict[str, Tensor] = {}  # what `tasks` finds out of them, and needs more than once
+        if outputs:
+            self.add(outputs, len(outputs[0]), labels)
+
+    def add(self, outputs: Sequence[Any], samples: int, labels: Tensor | None = None) -> None:
+        """The answers to a batch more: tensors, arrays, or what else a graph may give."""
+        row = [each.detach().float().cpu().numpy() if isinstance(each, Tensor) else each for each in outputs]
+        numbers = [isinstance(each, np.ndarray) and each.dtype.kind in "fiub" for each in row]
+        self._shapes.append([each.shape if good else None for each, good in zip(row, numbers, strict=True)])
+        self.counts.append(samples)
+        self._labels += [] if labels is None else [labels.cpu()]
+        self._bytes += sum(each.nbytes for each, good in zip(row, numbers, strict=True) if good)
+        if self._bytes > KEPT:
+            row = [self._written(each) if good else each for each, good in zip(row, numbers, strict=True)]
+        self._rows.append(row)
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the outputs."""
+        number = len(self._shapes[0])
+        return list(self.given_names or (["output"] if number == 1 else [f"output {n + 1}" for n in range(number)]))
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Of all samples, where all have some."""
+        return torch.cat(self._labels) if self._labels and len(self._labels) == len(self.counts) else None
+
+    def parts(self) -> Iterator[tuple[int, list[Any]]]:
+        """How many samples a batch has, and what was answered to it."""
+        moved = self.moved
+        for count, row in zip(self.counts, self._rows, strict=True):
+            found = [self._read(each) if isinstance(each, int) else each for each in row]
+            yield (
+                count,
+                [np.moveaxis(each, 1, 0) if second else each for each, second in zip(found, moved, strict=True)],
+            )
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """All batches together; `InputError` where they do not fit together."""
+        found = []
+        for name, arrays in zip(self.names, zip(*(row for _, row in self.parts()), strict=True), strict=True):
+            if not all(isinstance(each, np.ndarray) and each.dtype.kind in "fiub" for each in arrays):
+                raise InputError(f"the output {name!r} is no tensor of numbers, of which nothing can be said")
+            if len({each.shape[1:] for each in arrays}) > 1 or any(each.ndim == 0 for each in arrays):
+                raise InputError(f"the output {name!r} differs in size from batch to batch; give inputs of one size")
+            found.append(torch.from_numpy(np.concatenate(arrays)))
+        return found
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of each output of one sample, by the first batch; () of what is no array of numbers."""
+        return [
+            () if shape is None else (*shape[:1], *shape[2:]) if moved else shape[1:]
+            for shape, moved in zip(self._shapes[0], self.moved, strict=True)
+        ]
+
+    def of_one_size(self, output: int) -> bool:
+        """Whether that output has a row for each sample, all of one shape."""
+        shapes = [row[output] for row in self._shapes]
+        axis = 1 if self.moved[output] else 0
+        if not all(shape and shape[axis] == count for shape, count in zip(shapes, self.counts, strict=True)):
+            return False
+        return len({shape[:axis] + shape[axis + 1 :] for shape in shapes if shape is not None}) == 1
+
+    @property
+    def moved(self) -> list[bool]:
+        """Of each output, whether samples lie along its second axis: where the first one is never, or not always, as
+        long as there are samples, and the second one is."""
+        found = []
+        for shapes in zip(*self._shapes, strict=True):
+            pairs = list(zip(shapes, self.counts, strict=True))
+            second = all(shape is not None and len(shape) > 1 and shape[1] == count for shape, count in pairs)
+            found.append(second and any(shape[0] != count for shape, count in pairs))
+        return found
+
+    def infinite(self) -> str | None:
+        """None where outputs are finite (of outputs with names: in part), else where they are not, or ""."""
+        for name, arrays in zip(self.names, zip(*(row for _, row in self.parts()), strict=True), strict=True):
+            for each in arrays:
+                if isinstance(each, np.ndarray) and each.size and each.dtype.kind == "f":
+                    finite = np.isfinite(each)
+                    if not (finite.any() if self.given_names else finite.all()):
+                        return f" (output {name!r})" if self.given_names else ""
+        return None
+
+    def _written(self, array: np.ndarray) -> int:
+        try:
+            self._file = self._file or tempfile.TemporaryFile(prefix="dk2pnet-answers-")  # noqa: SIM115, closed with self
+            self._file.seek(0, 2)
+            at = self._file.tell()
+            np.save(self._file, array, allow_pickle=False)
+        except OSError as error:
+            raise InputError(
+                f"the network's answers could not be kept in {tempfile.gettempdir()} ({error}); give fewer images, or "
+                "a folder with more room in the environment variable TMPDIR"
+            ) from error
+        return at
+
+    def _read(self, at: int) -> np.ndarray:
+        assert self._file is not None
+        self._file.seek(at)
+        return np.load(self._file, allow_pickle=False)
+
+
+def predict(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+    task: str | None = None,
+) -> Predictions:
+    """Run `model` in evaluation mode over normalised `batches`; `task` as in `Predictions`."""
+    found = Predictions(task=task)
+    number, layout = 0, None
+    with evaluation(model):
+        for x, y in batches:
+            x = x.to(device)
+            layout = layout or layout_of(x[:2], model)
+            outputs = outputs_of(model(x.to(memory_format=layout)))
+            if found.counts and len(outputs) != number:
+                few, many = sorted((number, len(outputs)))
+                raise InputError(
+                    f"the network gives {few} outputs for one batch and {many} for another; expected as many for each, "
+                    "as in a detector before its boxes are selected"
+                )
+            number = len(outputs)
+            found.add(outputs, len(x), y)
+            if progress is not None:
+                progress(len(found))
+    if not found.counts:
+        raise InputError("there are no images to evaluate on")
+    return found
+
+
+def class_numbers(labels: Tensor) -> Tensor:
+    """Labels as int64 ``(N,)``; of ``(N, 1)`` too. `InputError` for what is not one whole number per image."""
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise InputError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected one whole number per image, its class"
+        )
+    return labels.long()

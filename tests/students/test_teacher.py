@@ -1,0 +1,42 @@
+"""What is left dense or refused before any work, because of what the machine has."""
+
+import pytest
+import torch
+from torch import nn
+
+from dk2pnet import InputError
+from dk2pnet.options import CompressOptions
+from dk2pnet.run.run import Run
+from dk2pnet.students.teacher import Teacher
+
+
+def wide():
+    """A kernel of 256 places over 32 channels: 8,192 unknowns, whose second moments take 768 MiB."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 4, (1, 256), padding=(0, 128)), nn.Flatten(2)
+    ).eval()
+
+
+X = list(torch.randn(12, 3, 2, 16, generator=torch.Generator().manual_seed(1)).split(4))
+
+
+def test_a_layer_whose_statistics_do_not_fit_stays_dense(caplog):
+    teacher = Teacher.open(wide(), X, CompressOptions(memory=0.5, tune=0), Run())
+    assert list(teacher.open_sites) == ["0"]
+    said = "its statistics take 0.8 GiB, more than --memory 0.5"
+    assert [site.reason for site in teacher.sites] == ["", said]
+    assert f"2 stays dense: {said}" in caplog.text
+    for options in ({"memory": 1.0}, {"memory": 0.5, "criterion": "weight"}):
+        teacher = Teacher.open(wide(), X, CompressOptions(tune=0, **options), Run())
+        assert list(teacher.open_sites) == ["0", "2"]
+
+
+def test_where_none_fits_that_is_the_reason():
+    with pytest.raises(InputError, match="no convolution that can be decomposed.*statistics take 0.8 GiB"):
+        Teacher.open(wide(), X, CompressOptions(memory=0.5, tune=0, keep=["0"]), Run())
+
+
+def test_small_layers_fit_whatever_is_asked():
+    teacher = Teacher.open(wide()[:1], X, CompressOptions(memory=1e-6, tune=0), Run())
+    assert list(teacher.open_sites) == ["0"]
