@@ -184,9 +184,8 @@ def _check_labels(teacher: Teacher) -> None:
     """`InputError` for labels that are no classes: others cannot be trained with."""
     samples = teacher.samples
     assert samples is not None
-    labels = (
-        samples.train.labels if isinstance(samples.train, ImageData) else next(iter(samples.train or ()), (0, None))[1]
-    )
+    train = samples.train
+    labels = train.labels if isinstance(train, ImageData) else next(iter(train or ()), (None, None))[1]
     if isinstance(labels, Tensor):
         try:
             class_numbers(labels)

@@ -234,8 +234,8 @@ def _refuse_masks(folder: Path) -> None:
     images, masks = (next((c for c in children if c.name.lower() in names), None) for names in (_PICTURES, _MASKS))
     if images and masks:
         raise InputError(
-            f"folder {folder} holds {_names(children)}: images and, by their name, masks of segmentation, which would be "
-            f"taken for two classes; give the images alone: {images}"
+            f"folder {folder} holds {_names(children)}: images and, by their name, masks of segmentation, which would "
+            f"be taken for two classes; give the images alone: {images}"
         )
 
 
