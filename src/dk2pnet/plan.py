@@ -101,7 +101,8 @@ class Plan:
 
     ``network``: arguments of `models.make_network` (None: the caller has to give the factory); ``input_shape``:
     (C, H, W); ``normalization``: mean and std per channel of pixels in [0, 1]; ``weights_hash``: SHA-256 of
-    model.safetensors.
+    model.safetensors; ``unseen``: what tells apart the tenth of a training split that the network was not trained on,
+    where dk2pnet trained it (`data.splits.identity_of`).
     """
 
     layers: list[LayerPlan] = field(default_factory=list)
@@ -115,6 +116,7 @@ class Plan:
     parameters_dense: int = 0
     parameters: int = 0
     weights_hash: str | None = None
+    unseen: str | None = None
     format: int = FORMAT
 
     def to_json(self) -> str:

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dk2pnet import load_student
+from dk2pnet import compress, load_student
 from dk2pnet.commands.train import train
-from dk2pnet.data import ImageData, Normalization
+from dk2pnet.data import ImageData, Normalization, load
 from dk2pnet.errors import InputError
 from dk2pnet.options import TrainOptions
+from dk2pnet.plan import Plan
 from dk2pnet.run.run import Run
+from dk2pnet.students import loss_budget
 from dk2pnet.training import fit as fitting
 from dk2pnet.training.trainer import TrainingOptions
 
@@ -50,6 +52,63 @@ def test_a_run_goes_on_with_other_threads_and_on_another_device(cut):
 def test_a_run_with_another_seed_is_refused_and_named(cut):
     with pytest.raises(InputError, match="unfinished run with seed 0, this one has 1"):
         call(cut, {"seed": 1, "threads": 1, "checkpoint_every": 0}, lambda *any: None)
+
+
+def test_a_run_whose_images_have_changed_is_refused(cut, monkeypatch):
+    def darker(model, data, chosen):
+        found = load(data, "train")
+        return ImageData(found.name, found.images // 2, found.labels, found.classes)
+
+    monkeypatch.setattr("dk2pnet.commands.train._images", darker)
+    with pytest.raises(InputError, match="unfinished run with digest-of-images .*, this one has"):
+        call(cut, {"seed": 0, "threads": 1, "checkpoint_every": 0}, lambda *any: None)
+
+
+def test_what_decides_on_a_network_was_never_trained_on(tmp_path, monkeypatch):
+    """Also where few of the images train; and no note says that it may have been."""
+    seen = {}
+
+    def spy(net, source, *args, **more):
+        seen["trained"] = source.data.images
+        return fitting.fit(net, source, *args, **more)
+
+    def refuse(wanted, unit, prober, teacher, deciding):
+        seen["deciding"] = torch.cat([x for x, _ in deciding])
+        seen["may"] = loss_budget._may_have_trained(prober.teacher)
+        raise Killed
+
+    monkeypatch.setattr("dk2pnet.commands.train.fit", spy)
+    monkeypatch.setattr(loss_budget, "smallest", refuse)
+    out = tmp_path / "out"
+    made = train("lenet", "digits", replace(OPTIONS, epochs=1), out=out, images=700)
+    assert made["run"]["images"]["train"] == 630
+    assert made["run"]["images"]["validation"] == 70
+    plan = Plan.load(out / "plan.json")
+    for model, weights, may in ((str(out), None, False), ("lenet", str(out / "model.safetensors"), True)):
+        with pytest.raises(Killed):
+            compress(model, "digits", "drop=20", weights=weights, normalize="0.5/0.5" if weights else None, tune=0)
+        assert seen["may"] == may
+    norm = Normalization.from_dict(plan.normalization)
+    trained = {x.numpy().tobytes() for x in norm.apply(seen["trained"]).mul(100).round()}
+    assert not trained & {x.numpy().tobytes() for x in seen["deciding"].mul(100).round()}
+
+
+@pytest.mark.parametrize("weights", [None, "model.safetensors"])
+def test_training_further_what_somebody_else_trained_says_nothing_of_what_it_has_seen(tmp_path, weights):
+    first = tmp_path / "first"
+    train("lenet", "digits", replace(OPTIONS, epochs=1), out=first, images=100)
+    more = {"weights": str(first / weights)} if weights else {}
+    train(
+        "lenet" if weights else str(first),
+        "digits",
+        replace(OPTIONS, epochs=1),
+        out=tmp_path / "out",
+        images=50,
+        **more,
+    )
+    unseen = [Plan.load(folder / "plan.json").unseen for folder in (first, tmp_path / "out")]
+    assert unseen[0] is not None
+    assert unseen[1] == (None if weights else unseen[0])
 
 
 def test_a_failed_export_does_not_cost_the_training(tmp_path, monkeypatch, caplog):

@@ -526,6 +526,14 @@ def test_masks_are_no_class(tmp_path, inside):
     assert load(tmp_path).classes == ["mask", "no_mask"]
 
 
+def test_a_link_to_a_folder_above_gives_no_image_twice(tmp_path):
+    for name in ("a", "b"):
+        save(tmp_path / name / "0.png", pixels(1)[0])
+    (tmp_path / "a" / "self").symlink_to("../a")
+    (tmp_path / "b" / "all").symlink_to("..")
+    assert len(load(tmp_path)) == 3  # b/all/a is another way to a, but none back to b
+
+
 def test_a_class_may_be_called_train(tmp_path):
     for name in ("bus", "train"):
         save(tmp_path / name / "0.png", pixels(1)[0])

@@ -15,6 +15,7 @@ from dk2pnet.answers import predict
 from dk2pnet.data import ImageData, Normalization, split_training
 from dk2pnet.data.images import batch_size_for
 from dk2pnet.data.sources import load_test
+from dk2pnet.data.splits import identity_of
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_form
 from dk2pnet.measure import is_classifier, macs, parameters
@@ -69,14 +70,21 @@ def train(
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work:
         images = _images(model, data, chosen)
         kept, validation = split_training(images)
+        unseen = identity_of(validation)
+        if chosen.images is not None:  # out of either part, so that what validates is the same for any number
+            tenth = max(chosen.images // 10, 1)
+            kept, validation = _some(kept, chosen.images - tenth), _some(validation, tenth)
         torch.manual_seed(chosen.seed)
         network, teacher, norm = _networks(model, images, kept, chosen)
+        before = network.plan.unseen if network.plan is not None else None
+        new_to_it = before == unseen or (network.plan is None and chosen.weights is None)
         test = load_test(data, images, chosen.data_dir)  # now, as what is wrong with it must not cost the training
         net = network.model.to(work.device)
         example = norm.apply(images.subset([0]).images).to(work.device)
         recipe = recipe_of({"model": model, "data": data}, chosen)
         # How it runs is no part of what is asked: a run may go on with other threads, or without its GPU.
         asked = {key: value for key, value in recipe.items() if key not in ("checkpoint_every", "threads", "device")}
+        asked |= {"digest_of_images": identity_of(kept)}
         with unfinished(out, chosen.overwrite, {"command": "train", **asked}) as folder:
             source = Source(kept, data, norm, chosen.augment, validation=validation)
             taught_by = teacher.model if teacher is not None else None
@@ -103,7 +111,7 @@ def train(
             with new_folder(out, chosen.overwrite) as new:
                 plan = network.plan or Plan()
                 plan.network, plan.input_shape = network.spec, list(example.shape[1:])
-                plan.normalization = norm.to_dict()
+                plan.normalization, plan.unseen = norm.to_dict(), unseen if new_to_it else None
                 set_form(net, "branches")
                 net.cpu().eval()
                 try:
@@ -121,19 +129,22 @@ def train(
 
 
 def _images(model: str, data: str, chosen: TrainOptions) -> ImageData:
-    """The training split, or `images` of it: spread evenly over it, the same in every call."""
+    """The training split."""
     sized_by = described(model, chosen.weights)
     found = load_data(data, "train", sized_by, data_dir=chosen.data_dir, input_size=chosen.input_size)
     if found is None or (found.labels is None and chosen.teacher is None):
         raise InputError(f"data set {data!r} has no labelled training split, which training reads; give one that has")
-    if chosen.images is None:
-        return found
-    if chosen.images < 2:
+    if chosen.images is not None and chosen.images < 2:
         raise InputError(
             f"{chosen.images} training images were asked for; expected 2 or more, as a tenth only validates"
         )
-    fewer = min(chosen.images, len(found))
-    return found.subset(torch.arange(fewer) * len(found) // fewer)
+    return found
+
+
+def _some(images: ImageData, count: int) -> ImageData:
+    """So many of them, or all: spread evenly, the same in every call."""
+    count = min(count, len(images))
+    return images.subset(torch.arange(count) * len(images) // count)
 
 
 def _networks(

@@ -271,8 +271,11 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
+    seen = {os.path.realpath(folder)}  # a link to a folder above would give its images twice
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        within = {name: os.path.realpath(os.path.join(place, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, real in within.items() if real not in seen]
+        seen.update(within.values())
         yield from (
             Path(place, name)
             for name in files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from dk2pnet.data.images import ImageData, generator_for
 from dk2pnet.errors import InputError
 
-__all__ = ["UserBatches", "calibration_split", "decides", "part_of_split", "split_training"]
+__all__ = ["UserBatches", "calibration_split", "decides", "identity_of", "part_of_split", "split_training"]
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------
@@ -25,6 +26,16 @@ def split_training(data: ImageData, seed: int = 0) -> tuple[ImageData, ImageData
     order = torch.randperm(len(data), generator=generator_for(seed))
     held_out = max(1, len(data) // 10)
     return data.subset(order[held_out:].sort().values), data.subset(order[:held_out].sort().values)
+
+
+def identity_of(data: ImageData) -> str:
+    """What tells a set of images from another: how many they are, their labels, and up to 16 images themselves."""
+    step = max(len(data) // 16, 1)
+    some = data.subset(torch.arange(0, len(data), step)[:16]).images
+    digest = hashlib.sha256(f"{len(data)} {tuple(some.shape)}".encode())
+    for tensor in (some, *([] if data.labels is None else [data.labels])):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def decides(numbers: Tensor) -> Tensor:

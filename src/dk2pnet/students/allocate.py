@@ -102,6 +102,7 @@ def make_plan(
         macs=macs,
         parameters_dense=parameters,
         parameters=parameters,
+        unseen=network.plan.unseen if network.plan is not None else None,
     )
     for site in teacher.sites:
         size = site.size

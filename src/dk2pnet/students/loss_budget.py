@@ -11,6 +11,7 @@ from typing import Any
 from dk2pnet import processes
 from dk2pnet.answers import Predictions
 from dk2pnet.data.samples import Batches, Every
+from dk2pnet.data.splits import identity_of
 from dk2pnet.errors import Refused, TooSmall
 from dk2pnet.estimates import Estimate, estimate
 from dk2pnet.networks.network import Network
@@ -39,7 +40,7 @@ def decide(wanted: Budget, unit: str, prober: Prober) -> tuple[dict[str, Any], P
     found = smallest(wanted, unit, prober, teacher, deciding)
     samples.counts["deciding"] = len(teacher)
     said = []
-    if wanted.kind == "drop" and samples.decided_by.startswith("the validation tenth") and ready.network.plan is None:
+    if wanted.kind == "drop" and _may_have_trained(ready):
         said.append(
             f"decided on {samples.decided_by}, which a network trained elsewhere has usually been trained on: the drop "
             "elsewhere can be another; decide on images that it has not seen (--holdout FOLDER, or --holdout-split "
@@ -80,6 +81,18 @@ def confirm(wanted: Budget, decision: dict[str, Any], figures: Figures, student:
             "that was allowed"
         )
     return decision | {"confirmed": {"on": where, **loss.to_dict()}, "said": said}
+
+
+def _may_have_trained(ready: Teacher) -> bool:
+    """Whether the network may have been trained on what decides: known of none but those that dk2pnet trained."""
+    samples, plan = ready.samples, ready.network.plan
+    assert samples is not None
+    if samples.decided_by.startswith("train"):
+        return True
+    if not samples.decided_by.startswith("the validation tenth"):
+        return False
+    tenth = samples.validation
+    return plan is None or plan.unseen is None or tenth is None or plan.unseen != identity_of(tenth)
 
 
 def _test_confirms(wanted: Budget, ready: Teacher) -> bool:

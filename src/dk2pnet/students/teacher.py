@@ -158,10 +158,15 @@ class Teacher:
         """What tells the network and the samples of this run from others: their names may stay while they change."""
         found = self.network.digests()
         if self.samples is not None:
-            first = self.samples.first
-            arrays = {"first batch": first} if isinstance(first, Tensor) else first.arrays
-            found["digest_of_images"] = digest_of({name: _as_tensor(array) for name, array in arrays.items()})
+            each = [_digest_of_batch(self.samples.first)]
+            each += [_digest_of_batch(x) for x, _ in self.samples.held_out]  # a fifth of all, evenly spread
+            found["digest_of_images"] = digest_of({"batches": torch.tensor(list("".join(each).encode()))})
         return found
+
+
+def _digest_of_batch(x: Any) -> str:
+    arrays = {"images": x} if isinstance(x, Tensor) else x.arrays
+    return digest_of({name: _as_tensor(array) for name, array in arrays.items()})
 
 
 def _check_open(model: Any, sites: list[Any]) -> None:
