@@ -69,10 +69,16 @@ def _replaced(value: Any, layers: Mapping[nn.Module, nn.Module]) -> Any:
     """A list, a tuple or a dictionary with the new modules; itself where it holds none of the old ones."""
     if isinstance(value, nn.Module):
         return layers.get(value, value)
-    if type(value) is dict:
-        found: Any = {key: _replaced(each, layers) for key, each in value.items()}
-        return found if any(found[key] is not value[key] for key in value) else value
-    if type(value) in (list, tuple):
+    if isinstance(value, dict):
+        changed = {key: new for key, old in value.items() if (new := _replaced(old, layers)) is not old}
+        if not changed:
+            return value
+        found: Any = copy.copy(value)  # of whatever kind it is
+        found.update(changed)
+        return found
+    if isinstance(value, list | tuple):
         found = [_replaced(each, layers) for each in value]
-        return type(value)(found) if any(a is not b for a, b in zip(found, value, strict=True)) else value
+        if all(a is b for a, b in zip(found, value, strict=True)):
+            return value
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
     return value

@@ -56,7 +56,7 @@ class Listed:
 
     def __init__(self, convs, layers=None):
         self.convs, self.layers, self.example = convs, layers or {}, torch.zeros(1, 3, 5, 5)
-        self.facts = {}
+        self.facts, self.caveats = {}, []
 
     def _run(self, x, see=lambda name, x: None):
         for number, conv in enumerate(self.convs):

@@ -152,6 +152,11 @@ class Network(Protocol):
         ...
 
     @property
+    def caveats(self) -> list[str]:
+        """What its figures do not tell, a sentence each."""
+        ...
+
+    @property
     def layers(self) -> Mapping[str, DKConv2d]:
         """Its DK layers, by site."""
         ...

@@ -131,7 +131,7 @@ class Teacher:
         random = random_weights(model, options.weights)
         if random:
             _log.warning("%s", random)
-        notes = [said for said in (random, tuning.said) if said]
+        notes = [said for said in (random, *network.caveats, tuning.said) if said]
         if held is not None and unsure:
             notes.append(
                 f"the {held.shapes()[0][0]} numbers that the network gives for an image are taken for scores of "

@@ -14,9 +14,11 @@ from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
 from dk2pnet.networks.onnx.graph import part_of
+from dk2pnet.networks.onnx.network import OnnxNetwork
 from dk2pnet.networks.onnx.probe import probe
 from dk2pnet.networks.onnx.read import read_onnx
 from dk2pnet.networks.onnx.rewrite import rewrite
+from dk2pnet.run.run import Run
 from graphs import drop_initializer, model, node, save, small, tensor, value, weights
 
 
@@ -224,6 +226,94 @@ def test_a_convolution_in_a_subgraph_stays(tmp_path):
     np.testing.assert_allclose(
         run(rewrite(network, exact(network, ["one"])), x)[0], run(made, x)[0], rtol=1e-4, atol=1e-5
     )
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def figures_of(made, tmp_path):
+    """Multiply-adds of one 8 x 8 image, parameters, caveats."""
+    network = OnnxNetwork.read(save(made, tmp_path))
+    network.prepare(torch.zeros(1, 3, 8, 8), None, Run())
+    return network.macs, network.parameters, network.caveats
+
+
+ONE, TWO = 3 * 8 * 9, 8 * 12 * 9  # weights of the convolutions of `small`
+
+
+def test_functions_are_counted_and_decomposed(tmp_path):
+    """The second convolution and its ReLU as a function of the file."""
+    made = small()
+    inside = [
+        helper.make_node("Conv", ["a", "w", "b"], ["t"], name="inner", pads=[1] * 4),
+        helper.make_node("Relu", ["t"], ["y"]),
+    ]
+    block = helper.make_function("mine", "Block", ["a", "w", "b"], ["y"], inside, [helper.make_opsetid("", 17)])
+    made.functions.append(block)
+    made.opset_import.append(helper.make_opsetid("mine", 1))
+    for name in ("two", "relu two"):
+        made.graph.node.remove(node(made, name))
+    made.graph.node.insert(2, helper.make_node("Block", ["r1", "w2", "b2"], ["r2"], name="call", domain="mine"))
+    assert figures_of(made, tmp_path) == (64 * (ONE + TWO), ONE + 8 + TWO + 12, [])
+    found = list(reasons(made, tmp_path, first=True).values())
+    assert found == ["", ""]
+
+
+def test_what_runs_in_a_subgraph_is_not_counted_and_that_is_said(tmp_path):
+    inside = [helper.make_node("Conv", ["r1", "w2", "b2"], ["c"], pads=[1] * 4)]
+    branch = helper.make_graph(inside, "branch", [], [value("c")])
+    made = small()
+    made.graph.node.remove(node(made, "two"))
+    made.graph.initializer.append(tensor("yes", np.array(True)))
+    choose = helper.make_node("If", ["yes"], ["c2"], name="choice", then_branch=branch, else_branch=branch)
+    made.graph.node.insert(2, choose)
+    macs, _, caveats = figures_of(made, tmp_path)
+    assert macs == 64 * ONE
+    assert len(caveats) == 1
+    assert caveats[0].startswith("2 node(s) that multiply lie in subgraphs")
+
+
+@pytest.mark.parametrize(
+    ("equation", "macs"), [("bchw,dc->bdhw", 12 * 5 * 64), ("...chw,dc->...dhw", 12 * 5 * 64), ("bchw->bc", 0)]
+)
+def test_einsum_is_counted(tmp_path, equation, macs):
+    made = small()
+    made.graph.node.remove(node(made, "pool"))
+    made.graph.initializer.append(tensor("m", weights(5, 12)))
+    read = ["r2", "m"] if "," in equation else ["r2"]
+    made.graph.node.append(helper.make_node("Einsum", read, ["y"], name="sum", equation=equation))
+    made.graph.output[0].CopyFrom(value("y", "n", "c", "h", "w") if "," in equation else value("y", "n", "c"))
+    assert figures_of(made, tmp_path)[0] == 64 * (ONE + TWO) + macs
+
+
+def test_quantised_weights_are_parameters_too(tmp_path):
+    made = small()
+    drop_initializer(made, "w2")
+    made.graph.initializer.extend(
+        [tensor("w8", np.ones((12, 8, 3, 3), np.int8)), tensor("s", np.float32(0.01)), tensor("z", np.int8(0))]
+    )
+    made.graph.node.insert(0, helper.make_node("DequantizeLinear", ["w8", "s", "z"], ["w2"], name="back"))
+    assert figures_of(made, tmp_path)[:2] == (64 * (ONE + TWO), ONE + 8 + TWO + 12)
+
+
+def test_a_convolution_of_onnx_runtimes_own_counts_and_is_the_first(tmp_path):
+    made = small()
+    made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    one = node(made, "one")
+    one.op_type, one.domain = "FusedConv", "com.microsoft"
+    one.attribute.append(helper.make_attribute("activation", "Relu"))
+    assert reasons(made, tmp_path) == {"one": "FusedConv, which is not ONNX's own", "two": ""}
+    assert figures_of(made, tmp_path)[0] == 64 * (ONE + TWO)
+
+
+def test_a_weight_that_a_subgraph_reads_too_stays(tmp_path):
+    made = small()
+    inside = [helper.make_node("Conv", ["r1", "w2", "b2"], ["c"], pads=[1] * 4)]
+    branch = helper.make_graph(inside, "branch", [], [value("c")])
+    made.graph.initializer.append(tensor("yes", np.array(True)))
+    made.graph.node.insert(3, helper.make_node("If", ["yes"], ["z"], name="if", then_branch=branch, else_branch=branch))
+    made.graph.output.append(value("z"))
+    assert reasons(made, tmp_path)["two"] == "its weight is shared with if"
 
 
 def test_names_that_are_taken_are_not_taken_again(tmp_path):

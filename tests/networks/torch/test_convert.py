@@ -1,19 +1,23 @@
 """Finding and replacing convolutions, however they stand in the model."""
 
 import copy
+from collections import OrderedDict, defaultdict, namedtuple
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from dk2pnet.decompose.solve import solve
-from dk2pnet.errors import InputError
+from dk2pnet.errors import InputError, Refused
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import macs
 from dk2pnet.modules import copy_model
 from dk2pnet.networks.torch.convert import convert
+from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.plan import Budget, LayerPlan, Plan
+from dk2pnet.run.run import Run
 
 
 class Odd(nn.Module):
@@ -103,6 +107,83 @@ def test_a_convolution_that_is_called_by_keyword_stays_dense():
     stem, conv = find_convolutions(ByKeyword(), torch.zeros(1, 3, 8, 8))
     assert (stem.reason, conv.positions, conv.input_size) == ("first convolution", 64, (8, 8))
     assert "by keyword" in conv.reason
+
+
+class Kept(nn.Module):
+    """A convolution that runs twice, the second time by a reference of the network's own."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.kept, self.take = keep(self.conv)
+
+    def forward(self, x):
+        return self.take(self)(self.conv(self.stem(x)))
+
+
+Pair = namedtuple("Pair", "first second")
+KEPT = {
+    "an ordered dictionary": lambda conv: (OrderedDict(x=conv), lambda net: net.kept["x"]),
+    "a dictionary in a list": lambda conv: ([{"x": conv}], lambda net: net.kept[0]["x"]),
+    "a named tuple": lambda conv: (Pair(1, conv), lambda net: net.kept.second),
+    "a default dictionary": lambda conv: (defaultdict(list, x=conv), lambda net: net.kept["x"]),
+}
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_references_in_any_container_follow_the_layer(how):
+    model = Kept(KEPT[how]).eval()
+    student = convert(model, Plan(layers=[LayerPlan("conv", "", counts=[9] * 4)]))
+    assert isinstance(student.take(student), DKConv2d)
+    assert type(student.kept) is type(model.kept)
+    assert isinstance(model.take(model), nn.Conv2d)
+
+
+def test_a_reference_out_of_reach_is_refused_where_it_would_halve_the_replacement():
+    """A function holds the original: of two calls one would go on with the dense convolution."""
+    network = TorchNetwork(Kept(lambda conv: (Hidden(conv), lambda net: net.kept.conv)).eval())
+    network.prepare(torch.zeros(1, 3, 5, 5), None, Run())
+    site = next(site for site in network.sites() if site.name == "conv")
+    assert site.calls == 2
+    counts = {"conv": torch.ones(4, dtype=torch.int64)}
+    with pytest.raises(Refused, match="does not call 'conv' where it stands"):
+        network.with_kernels(counts, {"conv": solve(site.conv.weight.detach(), counts["conv"])})
+
+
+class Hidden:
+    def __init__(self, conv):
+        self.conv = conv
+
+
+class Singly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return torch.stack([self.conv(each) for each in x])
+
+
+def test_a_convolution_of_single_images_stays_dense():
+    assert (
+        find_convolutions(Singly(), torch.zeros(1, 3, 5, 5))[0].reason == "the network gives it single images (C, H, W)"
+    )
+
+
+def test_a_weight_that_somebody_else_has_stays_dense():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model.register_parameter("also", model[0].weight)
+    assert find_convolutions(model, torch.zeros(1, 3, 5, 5))[0].reason == "its weight is tied to that of also"
+
+
+def test_how_a_computed_weight_is_taken_out_is_said():
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+        prune.random_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.3),
+    )
+    first, second = (site.reason for site in find_convolutions(model, torch.zeros(1, 3, 7, 7)))
+    assert "take that out first (torch.nn.utils.parametrize.remove_parametrizations)" in first
+    assert "take that out first (prune.remove, remove_weight_norm, ...)" in second
 
 
 def test_a_convolution_with_hooks_stays_dense():

@@ -33,7 +33,9 @@ __all__ = [
 
 OURS = ("", "ai.onnx")  # two names of the standard's own domain
 # Operators that hold quantised convolutions, which are not decomposed but whose multiply-adds count.
-_CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv")
+_CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "FusedConv")
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+_WEIGHTS = (*_FLOATS, TensorProto.INT8, TensorProto.UINT8)
 
 
 @dataclass
@@ -62,25 +64,34 @@ class OnnxGraph:
 
     @property
     def parameters(self) -> int:
-        """Numbers in its floating-point constants, those that have several names counted once."""
-        kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
-        tensors = {id(tensor): tensor for tensor in self.constants.values()}.values()
-        sizes = (math.prod(tensor.dims) for tensor in tensors if tensor.data_type in kinds)
+        """Numbers in its constants, those that have several names counted once: of floating-point ones, and of
+        quantised weights."""
+        inner = [tensor for graph in all_graphs(self.proto.graph) for tensor in graph.initializer]
+        tensors = {id(tensor): tensor for tensor in (*self.constants.values(), *inner)}.values()
+        sizes = (math.prod(t.dims) for t in tensors if t.data_type in (_FLOATS if len(t.dims) < 2 else _WEIGHTS))
         return sum(size for size in sizes if size > 1)
 
     def counted(self) -> list[NodeProto]:
         """The nodes whose multiply-adds count: convolutions, matrix products, recurrent layers (not in subgraphs)."""
-        kinds = (*_CONVOLUTIONS, "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN")
-        return [node for node in self.proto.graph.node if node.op_type in kinds and node.domain in OURS]
+        return [node for node in self.proto.graph.node if _multiplies(node)]
+
+    @property
+    def uncounted(self) -> int:
+        """How many nodes that multiply lie in subgraphs, which run as often as the data ask for."""
+        inside = (each for graph in list(all_graphs(self.proto.graph))[1:] for each in graph.node)
+        return sum(_multiplies(node) for node in inside)
 
     def macs(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """Multiply-adds of one run; `shapes` of the tensors that `counted` nodes read and give."""
         total = 0
         for node in self.counted():
             weight_at = 3 if node.op_type == "QLinearConv" else 1
-            read, weight = shapes.get(node.input[0], ()), shapes.get(node.input[weight_at], ())
+            read = shapes.get(node.input[0], ())
+            weight = shapes.get(node.input[weight_at], ()) if len(node.input) > weight_at else ()
             given = shapes.get(node.output[0], ())
-            if node.op_type in _CONVOLUTIONS:
+            if node.op_type == "Einsum":
+                total += _einsum(node, [shapes.get(name, ()) for name in node.input])
+            elif node.op_type in _CONVOLUTIONS:
                 total += math.prod(weight) * math.prod(given[2:]) * (given[0] if given else 0)
             elif node.op_type == "ConvTranspose":
                 total += math.prod(weight) * math.prod(read[2:]) * (read[0] if read else 0)
@@ -92,6 +103,27 @@ class OnnxGraph:
             elif len(read) >= 2:
                 total += read[0] * read[1] * (math.prod(weight) + math.prod(shapes.get(node.input[2], ())))
         return total
+
+
+def _multiplies(node: NodeProto) -> bool:
+    products = ("ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
+    if node.domain in OURS:
+        return node.op_type in (*_CONVOLUTIONS, *products)
+    return node.domain == "com.microsoft" and node.op_type == "FusedConv"
+
+
+def _einsum(node: NodeProto, shapes: Sequence[Sequence[int]]) -> int:
+    """The product of all sizes that its equation names; an ellipsis stands for those of one operand."""
+    terms = attributes_of(node).get("equation", b"").decode(errors="replace").replace(" ", "").partition("->")[0]
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms.split(","), shapes, strict=False):
+        before, dots, after = term.partition("...")
+        names = list(before) if dots else list(term)
+        open_axes = len(shape) - len(before) - len(after) if dots else 0
+        names += [f"...{axis}" for axis in range(open_axes, 0, -1)] + list(after if dots else "")
+        for name, size in zip(names, shape, strict=False):
+            sizes[name] = max(sizes.get(name, 1), size)
+    return math.prod(sizes.values()) if sizes and len(shapes) > 1 else 0
 
 
 def graphs_in(node: NodeProto) -> Iterator[GraphProto]:

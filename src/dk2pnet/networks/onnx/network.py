@@ -197,6 +197,17 @@ class OnnxNetwork:
             )
         }
 
+    @property
+    def caveats(self) -> list[str]:
+        """Of what its multiply-adds do not hold."""
+        number = self.graph.uncounted
+        if not number:
+            return []
+        return [
+            f"{number} node(s) that multiply lie in subgraphs (If, Loop, Scan), which run as often as the data ask "
+            "for: their multiply-adds are not counted, and a share of the others is less of the whole"
+        ]
+
     def _numbers(self, name: str) -> int:
         return self.layers[name].kernels.numel() + self.layers[name].combination.numel()
 

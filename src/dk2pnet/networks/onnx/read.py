@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, inliner
 
 from dk2pnet.errors import InputError
 from dk2pnet.networks.onnx.graph import OURS, OnnxGraph, all_graphs, constants_of, nodes_in, reads
@@ -51,6 +51,8 @@ def read_onnx(path: str | Path, keep: Iterable[str] = (), first: bool = False) -
     for tensor in _tensors(proto):
         _check_tensor(tensor, path)
     _check_graph(proto, path)
+    if proto.functions:
+        proto = _inlined(proto)
     constants = constants_of(proto)
     sites = sites_of(proto, constants)
     apply_keep(sites, keep, first, path)
@@ -78,6 +80,14 @@ def _parse(path: Path) -> ModelProto:
     if opset < _OPSET:
         raise InputError(f"{path} has operator set {opset}; expected {_OPSET} or newer: convert it with onnx")
     return proto
+
+
+def _inlined(proto: ModelProto) -> ModelProto:
+    """Without functions of its own, whose nodes would be neither counted nor decomposed; itself where that fails."""
+    try:
+        return inliner.inline_local_functions(proto)
+    except Exception:  # the probe will say what is wrong with it
+        return proto
 
 
 # What nothing refers to: some converters write it in an encoding of their country.

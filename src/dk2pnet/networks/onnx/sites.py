@@ -100,7 +100,7 @@ def sites_of(proto: ModelProto, constants: Mapping[str, TensorProto]) -> list[On
             readers.setdefault(name, []).append(node)
     holders: dict[int, list[str]] = {}  # by weight: the nodes that read it, under whatever alias
     for node in graph.node:
-        for name in set(node.input) & constants.keys():
+        for name in reads(node) & constants.keys():
             if node.op_type != "Identity":
                 holders.setdefault(id(constants[name]), []).append(_name(node))
     outputs = {value.name for value in graph.output}
@@ -109,6 +109,8 @@ def sites_of(proto: ModelProto, constants: Mapping[str, TensorProto]) -> list[On
     for node in graph.node:
         if node.op_type in ("ConvInteger", "QLinearConv") and node.domain in OURS:
             sites.append(OnnxSite(_name(node), _Unknown(), "quantised convolution", node=node))
+        if "Conv" in node.op_type and node.domain not in OURS:
+            sites.append(OnnxSite(_name(node), _Unknown(), f"{node.op_type}, which is not ONNX's own", node=node))
         if node.op_type != "Conv" or node.domain not in OURS:
             for inner in nodes_in(each for graph_ in graphs_in(node) for each in graph_.node):
                 if inner.op_type == "Conv":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -73,6 +74,7 @@ class TorchNetwork:
     example: Tensor = field(default_factory=lambda: torch.zeros(1))
     given: nn.Module | None = None  # the user's own, which is never changed
     task: str | None = None
+    calls: dict[str, int] = field(default_factory=dict)  # of a convolution, in one forward pass
 
     batching = Batching()
     default_criterion = "loss"
@@ -102,6 +104,11 @@ class TorchNetwork:
     def facts(self) -> dict[str, Any]:
         """Nothing more."""
         return {}
+
+    @property
+    def caveats(self) -> list[str]:
+        """None."""
+        return []
 
     @property
     def layers(self) -> dict[str, DKConv2d]:
@@ -219,7 +226,9 @@ class TorchNetwork:
 
     def sites(self, keep: Sequence[str] = (), first: bool = False) -> list[Site]:
         """By running the example."""
-        return find_convolutions(self.model, self.example, keep, first)
+        found = find_convolutions(self.model, self.example, keep, first)
+        self.calls = {site.name: site.calls for site in found}
+        return found
 
     def digests(self) -> dict[str, str]:
         """Of the weights."""
@@ -259,7 +268,7 @@ class TorchNetwork:
         """A copy with DK layers; `Refused` where the network does not call one where it stands."""
         student = self._student(with_kernels(self.model, counts, factors))
         if factors is not None:
-            _check_called(student.model, counts, self.example)
+            _check_called(student.model, {name: self.calls.get(name, 1) for name in counts}, self.example)
         return student
 
     def corrections(
@@ -451,17 +460,17 @@ def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path, images
         ) from error
 
 
-def _check_called(student: nn.Module, names: Mapping[str, Any], example: Tensor) -> None:
-    """Refuse a student that runs past its new layers."""
-    modules, called = dict(student.named_modules(remove_duplicate=False)), set()
+def _check_called(student: nn.Module, calls: Mapping[str, int], example: Tensor) -> None:
+    """Refuse a student that runs past its new layers, always or in some of the places where the network calls them."""
+    modules, called = dict(student.named_modules(remove_duplicate=False)), Counter[str]()
     with ExitStack() as stack:
-        for name in names:
-            hook = modules[name].register_forward_hook(lambda *_, name=name: called.add(name))
+        for name in calls:
+            hook = modules[name].register_forward_hook(lambda *_, name=name: called.update([name]))
             stack.callback(hook.remove)
         with evaluation(student):
             student(example)
-    for name in names:
-        if name not in called:
+    for name, times in calls.items():
+        if called[name] < times:
             raise Refused(
                 f"the network does not call {name!r} where it stands, but by a reference of its own in whose place "
                 f"nothing can be put; leave it dense (--keep {name})"

@@ -41,6 +41,8 @@ def find_convolutions(model: nn.Module, example: Tensor, keep: Iterable[str] = (
         site.activation = max(site.activation, (x.numel() + output.numel()) // len(example))
         if x.dim() == 4:
             site.input_size = (x.shape[2], x.shape[3])
+        elif x.dim() == 3 and isinstance(module, nn.Conv2d):
+            site.reason = "the network gives it single images (C, H, W)"
         order.append(module)
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in found]
@@ -54,12 +56,16 @@ def find_convolutions(model: nn.Module, example: Tensor, keep: Iterable[str] = (
     users: dict[nn.Parameter | None, list[str]] = {}  # a computed weight is no parameter: None
     for site in found.values():
         users.setdefault(site.module._parameters.get("weight"), []).append(site.name)
+    for name, module in model.named_modules():  # whoever else has it goes on with it
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in users and (module not in found or key != "weight"):
+                users[parameter].append(f"{name}.{key}" if name else key)
     patterns = [keep] if isinstance(keep, str) else list(keep)
     unused = set(patterns)
     for number, module in enumerate(in_order):
         site = found[module]
         tied = [name for name in users[module._parameters.get("weight")] if name != site.name]
-        site.reason = _reason(site, number == 0 and not first, tied)
+        site.reason = site.reason or _reason(site, number == 0 and not first, tied)
         if not site.reason and module in hooked:
             site.reason = "it has hooks of the network's own, which would be lost"
         for pattern in patterns:
@@ -78,6 +84,10 @@ def _reason(site: Site, is_first: bool, tied: Sequence[str]) -> str:
     if not isinstance(module, nn.Conv2d):
         return f"{type(module).__name__} is not decomposed"
     if type(module) is not nn.Conv2d or "weight" not in module._parameters:
+        if "weight" in getattr(module, "parametrizations", ()):
+            return "its weight is computed; take that out first (torch.nn.utils.parametrize.remove_parametrizations)"
+        if module._forward_pre_hooks and "weight" not in module._parameters:
+            return "its weight is computed in a hook; take that out first (prune.remove, remove_weight_norm, ...)"
         return f"{type(module).__name__} computes its weight or its output in a way of its own"
     if site.calls == 0:
         return "not used by the example input"
