@@ -88,7 +88,7 @@ def test_reasons_order_positions_and_aliases(odd):
         "point": "1x1",
         "unused": "not used",
         "tied1": "tied to that of tied2",
-        "normed": "way of its own",
+        "normed": "its weight is computed",
         "flat": "Conv1d",
     }.items():
         assert words in by_name[name].reason
