@@ -4,6 +4,7 @@ import copy
 import errno
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ import dk2pnet
 from dk2pnet import InputError, compress, load_student, save_student
 from dk2pnet.answers import predict
 from dk2pnet.commands import deliver
+from dk2pnet.deploy.latency import Latency
+from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import macs, outputs_of, parameters
 from dk2pnet.nets import lenet
@@ -24,6 +27,7 @@ from dk2pnet.run.unfinished import unfinished
 from dk2pnet.students import allocate as decomposition
 from dk2pnet.tasks import divergence
 from dk2pnet.training.checkpoint import digest_of
+from timing import time_by
 
 
 def net(seed=0, norm=True, bias=False, classes=4):
@@ -848,8 +852,6 @@ def test_training_options_without_training_are_refused():
 
 
 def test_what_is_written_is_what_was_measured(tmp_path, no_timing):
-    from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
-
     result = compress(net(), X, "macs=0.6", criterion="loss", out=tmp_path / "out")
     got = run_onnx(session(tmp_path / "out/model.onnx"), X[0])[0]
     with torch.no_grad():
@@ -867,6 +869,53 @@ def test_layers_that_run_dense_in_the_file_are_told_of():
     assert "unsteady" in noise
     plan.layers[0].form = "branches"
     assert deliver.notes_of_file(plan, dict.fromkeys(timed, {"latency_noisy": False})) == []
+
+
+def slower(dense):
+    """`compare_latency` of a machine on which a student takes twice as long, or, all dense, `dense` times so."""
+
+    def compare(networks, *_, **__):
+        times = dict.fromkeys(networks, 1.0)
+        if "student" in networks:
+            graph = onnx.load_from_string(networks["student"]).graph
+            times["student"] = 2.0 if sum(node.op_type == "Conv" for node in graph.node) > 3 else dense
+        return {name: Latency(t, 0.999 * t, 1.001 * t, 3) for name, t in times.items()}
+
+    return compare
+
+
+def test_a_network_that_is_slower_than_its_teacher_is_written_dense_where_that_is_faster(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        deliver, "choose_forms", lambda student, sites, table: dict.fromkeys(student.layers, "branches")
+    )
+    found = {}
+    for name, dense in (("folds", 1.0), ("stays", 2.0)):
+        time_by(slower(dense), monkeypatch)
+        result = compress(net(), X, "macs=0.6", criterion="response", out=tmp_path / name, tune=0)
+        forms = {layer.form for layer in result.plan.layers if layer.counts is not None}
+        notes = result.metrics["notes"]
+        found[name] = forms, any("slower than the teacher" in note for note in notes)
+        got = run_onnx(session(tmp_path / name / "model.onnx"), X[0])[0]
+        torch.testing.assert_close(torch.as_tensor(got), result.model(X[0]).detach(), rtol=1e-4, atol=1e-5)
+        assert Plan.load(tmp_path / name / "plan.json").forms == result.plan.forms
+    assert found == {"folds": ({"folded"}, False), "stays": ({"branches"}, True)}
+
+
+def test_accuracy_stands_beside_the_times_of_the_same_numbers():
+    metrics = {
+        "int8": [
+            {"network": who, "numbers": numbers, "accuracy": 90.0 - (numbers == "int8"), "agreement": 98.0}
+            for who in ("teacher", "student")
+            for numbers in ("fp32", "int8")
+        ],
+        "teacher": {"accuracy": 90.0, "agreement": None},
+        "student": {"accuracy": 90.0, "agreement": 99.0},
+        "notes": [],
+    }
+    deliver._take_int8(metrics)
+    assert metrics["teacher"] == {"accuracy": 89.0, "agreement": 98.0}
+    assert metrics["student"] == {"accuracy": 89.0, "agreement": 98.0}
+    assert "of the int8 networks" in metrics["notes"][0]
 
 
 def test_a_wrong_export_is_refused(tmp_path, no_timing, monkeypatch):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import namedtuple
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from dk2pnet.data.arrays import Feed
 from dk2pnet.deploy import latency
 from dk2pnet.deploy.export import export_onnx, onnx_bytes
-from dk2pnet.deploy.latency import _summary, compare_latency, conditions, is_onnx
+from dk2pnet.deploy.latency import Latency, _summary, compare_latency, conditions, is_onnx
 from dk2pnet.errors import InputError
 from toys import by_view
 
@@ -108,6 +110,52 @@ def test_a_machine_too_unsteady_to_tell_is_told(caplog):
     assert figures["student"]["latency_noisy"]
     assert figures["student"]["latency_interval_ms"] == [1000, 2000]
     assert "the interval of the student is +-33 % of its median" in caplog.text
+
+
+def test_what_slows_both_down_moves_neither_their_ratio_nor_its_interval():
+    """Half of the turns on a machine half as fast."""
+    slow = [1.0] * 10 + [2.0] * 10
+    teacher, student = _summary(slow), _summary([0.6 * each for each in slow])
+    ratio = latency.ratio_of(student, teacher)
+    assert (ratio.median_ms, ratio.low_ms, ratio.high_ms) == pytest.approx((0.6, 0.6, 0.6))
+    figures = latency.latency_figures({"teacher": teacher, "student": student})["student"]
+    assert figures["latency_noisy"]
+    assert figures["latency_ratio"] == pytest.approx(0.6)
+    assert figures["latency_told"]
+
+
+def test_without_turns_the_ratio_is_that_of_the_medians_and_its_interval_the_widest():
+    ratio = latency.ratio_of(Latency(1.0, 0.9, 1.2, 5), Latency(2.0, 1.8, 2.2, 5))
+    assert (ratio.median_ms, ratio.low_ms, ratio.high_ms) == pytest.approx((0.5, 0.9 / 2.2, 1.2 / 1.8))
+
+
+Times = namedtuple("Times", "user system idle")
+
+
+@pytest.mark.parametrize(
+    ("computed", "seconds", "spent", "busy"),
+    [
+        (1.0, 1.0, Times(1.0, 0.0, 1.0), False),  # one thread on a machine of two
+        (2.0, 1.0, Times(1.9, 0.1, 0.0), False),  # two threads, nobody else
+        (0.6, 1.0, Times(1.9, 0.1, 0.0), True),  # one thread that shares its processor
+        (1.0, 1.0, Times(1.9, 0.1, 0.0), True),  # two that share two
+        (1.0, 1.0, Times(3.0, 0.0, 5.0), False),  # others, on processors of their own
+        (0.01, 0.1, Times(0.2, 0.0, 0.0), False),  # too short to tell
+    ],
+)
+def test_who_has_the_processor_is_seen(monkeypatch, computed, seconds, spent, busy):
+    now = iter([Times(5.0, 2.0, 9.0), *[Times(*(a + b for a, b in zip((5.0, 2.0, 9.0), spent, strict=True)))] * 9])
+    monkeypatch.setattr(latency.psutil, "cpu_times", lambda: next(now))
+    assert latency._Others().crowd(computed, seconds) is busy
+
+
+def test_times_of_a_busy_machine_tell_no_ratio(monkeypatch, caplog):
+    monkeypatch.setattr(latency._Others, "crowd", lambda *_: True)
+    content = onnx_bytes(heavy_and_light()["light"], torch.zeros(1, 3, 9, 9))
+    found = compare_latency({"teacher": content, "student": content}, torch.zeros(1, 3, 9, 9), seconds=0, rounds_min=2)
+    assert found["teacher"].busy
+    assert not latency.latency_figures(found)["student"]["latency_told"]
+    assert "The machine is too busy" in caplog.text
 
 
 def test_what_is_wrong_with_a_target_is_said(monkeypatch):

@@ -18,7 +18,7 @@ from dk2pnet import processes
 from dk2pnet.answers import Predictions
 from dk2pnet.decompose.select import cheapest
 from dk2pnet.deploy.costs import LatencyTable
-from dk2pnet.deploy.latency import check_target, compare_latency, conditions
+from dk2pnet.deploy.latency import check_target, compare_latency, conditions, ratio_of
 from dk2pnet.errors import InputError, TooSmall
 from dk2pnet.estimates import estimate
 from dk2pnet.networks.network import Network
@@ -279,8 +279,10 @@ class _Timer:
                 target=self.target,
                 threads=self.run.threads,
             )
-        dense, mine = found["dense"].median_ms, found["student"].median_ms
-        return {"teacher_ms": dense, "student_ms": mine, "ratio": mine / dense}
+        dense, mine = found["dense"], found["student"]
+        ratio = ratio_of(mine, dense)
+        times = {"teacher_ms": dense.median_ms, "student_ms": mine.median_ms}
+        return times | {"ratio": ratio.median_ms, "told": not ratio.noisy}
 
 
 def _point(budget: Budget, prober: Prober, scale: _Scale, timer: _Timer | None, folder: Path | None) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from torch import Tensor, nn
 
 from dk2pnet.data.arrays import Feed
@@ -29,6 +30,7 @@ __all__ = [
     "conditions",
     "is_onnx",
     "latency_figures",
+    "ratio_of",
 ]
 
 _log = logging.getLogger(__name__)
@@ -40,19 +42,24 @@ SHORTEST_SAMPLE = 1e-3
 # So long each network runs untimed when its turn comes, in seconds: after another network's turn the caches hold the
 # other's weights. Measured with a call of 0.33 ms after a ResNet-18: 0.93, 0.53, 0.41, 0.36, 0.34, 0.33 ms.
 REFILL = 3e-3
+_UNSTEADY = 0.05  # half width of an interval, relative to the median
+_TELLING = 0.2  # seconds, below which the processor's own clocks say nothing of who had it
 
 
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds that one call takes: the median, and its 95 % confidence interval from `low_ms` to `high_ms`.
 
-    `runs` is the number of samples that it rests on (a sample of a very fast network is the mean of several calls).
+    `runs` is the number of samples that it rests on (a sample of a very fast network is the mean of several calls),
+    `samples` are these, in their order; `busy`: whether other programs had the processor meanwhile.
     """
 
     median_ms: float
     low_ms: float
     high_ms: float
     runs: int
+    samples: tuple[float, ...] = ()
+    busy: bool = False
 
     @property
     def half_width(self) -> float:
@@ -62,7 +69,7 @@ class Latency:
     @property
     def noisy(self) -> bool:
         """Whether the machine was too unsteady for the median to be trusted to five percent."""
-        return self.half_width > 0.05
+        return self.busy or self.half_width > _UNSTEADY
 
 
 def compare_latency(
@@ -116,7 +123,18 @@ def compare_latency(
     runtime = runtimes.target_named(target)
     with runtime.prepared(threads):
         calls = {name: _call(name, each, examples[name], runtime, threads) for name, each in networks.items()}
-        return _take_turns(calls, seconds, rounds_min, tight)
+        return _take_turns(calls, seconds, rounds_min, tight, watched=target != "cuda")
+
+
+def ratio_of(student: Latency, teacher: Latency) -> Latency:
+    """The student's time as a share of the teacher's, and its interval, turn by turn where both took turns: what slows
+    both down for a while does not move it. Fields named ms are shares here."""
+    if len(student.samples) != len(teacher.samples) or not student.samples:
+        share = student.median_ms / teacher.median_ms
+        return Latency(share, student.low_ms / teacher.high_ms, student.high_ms / teacher.low_ms, student.runs)
+    shares = [mine / other for mine, other in zip(student.samples, teacher.samples, strict=True)]
+    found = _summary([share / 1e3 for share in shares])
+    return replace(found, samples=(), busy=student.busy or teacher.busy)
 
 
 def conditions(target: str, example: np.ndarray | Tensor | Feed, threads: int | None) -> dict[str, Any]:
@@ -135,17 +153,19 @@ def conditions(target: str, example: np.ndarray | Tensor | Feed, threads: int | 
 
 
 def latency_figures(found: Mapping[str, Latency]) -> dict[str, dict[str, Any]]:
-    """By name, what metrics.json holds of a measurement. Says so where the machine was too unsteady to tell."""
+    """By name, what metrics.json holds of a measurement; of a student beside its teacher also the ``latency_ratio``,
+    and whether it can be told (``latency_told``). Says so where the machine was too unsteady."""
     noisy = [name for name, latency in found.items() if latency.noisy]
     if noisy:
         widest = max(found[name].half_width for name in noisy)
         _log.warning(
-            "The machine is too unsteady to tell times apart: the interval of the %s is +-%.0f %% of its median. "
+            "The machine is too %s to tell times apart: the interval of the %s is +-%.0f %% of its median. "
             "Close other programs, or give fewer --threads.",
+            "busy" if any(found[name].busy for name in noisy) else "unsteady",
             " and the ".join(noisy),
             100 * widest,
         )
-    return {
+    figures = {
         name: {
             "latency_ms": latency.median_ms,
             "latency_interval_ms": [latency.low_ms, latency.high_ms],
@@ -154,6 +174,14 @@ def latency_figures(found: Mapping[str, Latency]) -> dict[str, dict[str, Any]]:
         }
         for name, latency in found.items()
     }
+    if {"teacher", "student"} <= found.keys():
+        ratio = ratio_of(found["student"], found["teacher"])
+        figures["student"] |= {
+            "latency_ratio": ratio.median_ms,
+            "latency_ratio_interval": [ratio.low_ms, ratio.high_ms],
+            "latency_told": not ratio.noisy,
+        }
+    return figures
 
 
 def check_target(target: str) -> None:
@@ -167,13 +195,15 @@ def is_onnx(target: str) -> bool:
 
 
 def _take_turns(
-    calls: Mapping[str, Callable[[], object]], seconds: float, rounds_min: int, tight: float
+    calls: Mapping[str, Callable[[], object]], seconds: float, rounds_min: int, tight: float, watched: bool = True
 ) -> dict[str, Latency]:
+    """`watched`: whether they run on processors, which other programs may take."""
     durations = {name: _warm_up(call) for name, call in calls.items()}
     untimed = {name: math.ceil(REFILL / duration) for name, duration in durations.items()}
     repeats = {name: math.ceil(SHORTEST_SAMPLE / duration) for name, duration in durations.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds * len(calls)
+    begun, computed, busy = time.perf_counter(), time.process_time(), _Others()
+    end = begun + seconds * len(calls)
     rounds = 0
     while rounds < rounds_min or time.perf_counter() < end:
         for name, call in calls.items():
@@ -188,7 +218,30 @@ def _take_turns(
             found = [_summary(times) for times in samples.values()]
             if all(each.half_width <= tight for each in found):
                 break
-    return {name: _summary(times) for name, times in samples.items()}
+    crowded = watched and busy.crowd(time.process_time() - computed, time.perf_counter() - begun)
+    return {name: replace(_summary(times), busy=crowded) for name, times in samples.items()}
+
+
+class _Others:
+    """Tells whether other programs had the processor since it was made."""
+
+    def __init__(self) -> None:
+        self.before = psutil.cpu_times()
+
+    def crowd(self, computed: float, seconds: float) -> bool:
+        """`computed`: processor seconds of this program in so many `seconds`.
+
+        Where it did not get one processor all the time; or where nothing was idle, and others took more than a tenth
+        of a processor. Intervals alone do not say so: two programs that share a processor do it evenly.
+        """
+        if seconds < _TELLING:
+            return False
+        if computed < 0.9 * seconds:
+            return True
+        spent = {name: getattr(psutil.cpu_times(), name) - value for name, value in self.before._asdict().items()}
+        idle = spent.get("idle", 0.0) + spent.get("iowait", 0.0)
+        others = sum(spent.get(name, 0.0) for name in ("user", "nice", "system")) - computed
+        return idle < 0.1 * seconds and others > 0.1 * seconds
 
 
 def _call(
@@ -232,4 +285,4 @@ def _summary(times: Sequence[float]) -> Latency:
         tail += term
         left_out += 1
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    return Latency(1e3 * middle, 1e3 * ordered[left_out], 1e3 * ordered[n - 1 - left_out], n)
+    return Latency(1e3 * middle, 1e3 * ordered[left_out], 1e3 * ordered[n - 1 - left_out], n, tuple(times))

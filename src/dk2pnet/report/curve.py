@@ -40,7 +40,7 @@ def curve_rows(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 point["budget"],
                 f"{point['macs_kept']:.2f}",
                 f"{point['parameters_kept']:.2f}",
-                f"{point['latency']['ratio']:.2f}" if point["latency"] else DASH,
+                f"{point['latency']['ratio']:.2f}" if point["latency"] and point["latency"].get("told", True) else DASH,
                 _figure(metrics, point["closed form"]["value"]),
                 _figure(metrics, point["tuned"]["value"]) if point["tuned"] else DASH,
                 f"{_figure(metrics, low, '')} to {_figure(metrics, high, '')}",

@@ -26,6 +26,7 @@ from dk2pnet.report.tables import (
     format_count,
     int8_rows,
     is_measured,
+    is_told,
     layer_rows,
     numeric_columns,
     percent,
@@ -115,7 +116,7 @@ def _summary(metrics: Mapping[str, Any]) -> str:
     said = []
     for key, phrase in phrases.items():
         what = change(key, teacher.get(key), student.get(key))
-        if "x " in what:
+        if "x " in what and (key != "latency_ms" or is_told(metrics)):
             said.append(phrase.format(what))
     costs = ", ".join(said[:-1]) + " and " * (len(said) > 1) + said[-1] if said else "costs as much to run"
     before, after = teacher.get("accuracy"), student.get("accuracy")

@@ -20,6 +20,7 @@ __all__ = [
     "format_count",
     "int8_rows",
     "is_measured",
+    "is_told",
     "layer_rows",
     "markdown_table",
     "numeric_columns",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 DASH = "–"
+NOT_TOLD = "not told: unsteady"
 
 
 def is_measured(value: float | None) -> TypeGuard[float]:
@@ -97,6 +99,11 @@ def change(key: str, teacher: float | None, student: float | None) -> str:
     return "about the same" if text == "1.00" else f"{text}x {less if student < teacher else more}"
 
 
+def is_told(metrics: Mapping[str, Any]) -> bool:
+    """Whether the times say which of both is faster, and by how much: a busy machine's do not."""
+    return metrics["student"].get("latency_told", True)
+
+
 def comparison_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Teacher beside student: rows of (measure, teacher, student, change); what neither has is left out.
 
@@ -109,7 +116,8 @@ def comparison_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str
         pair = [metrics[who].get(key) for who in ("teacher", "student")]
         if any(map(is_measured, pair)):
             teacher, student = (write(value) if is_measured(value) else DASH for value in pair)
-            rows.append((name, teacher, student, change(key, *pair)))
+            what = change(key, *pair) if key != "latency_ms" or is_told(metrics) else NOT_TOLD
+            rows.append((name, teacher, student, what))
     return rows
 
 

@@ -45,7 +45,7 @@ class Solved:
     student: Network
     plan: Plan
     decisions: list[dict[str, Any]] = field(default_factory=list)
-    search: list[dict[str, float]] = field(default_factory=list)
+    search: list[dict[str, Any]] = field(default_factory=list)
     whitenings: dict[str, Whitening] = field(default_factory=dict)
     factors: Mapping[str, Factors] = field(default_factory=dict)
 
@@ -114,7 +114,7 @@ class ClosedForm:
         With `whiten`, for a student that is going to be tuned: also the whitenings of all DK layers, and (unless the
         network `reconstructs_first`) no reconstruction, which takes most of the time: `without_tuning` makes up for it.
         """
-        search: list[dict[str, float]] = []
+        search: list[dict[str, Any]] = []
         forms: dict[str, str] = {}
         if budget.kind == "latency":
             with self.run.clock("latency search"):
@@ -142,7 +142,7 @@ class ClosedForm:
         plan: Plan,
         factors: Mapping[str, Factors],
         decisions: list[dict[str, Any]],
-        search: list[dict[str, float]],
+        search: list[dict[str, Any]],
         tuned_next: bool,
     ) -> Solved:
         counts = {

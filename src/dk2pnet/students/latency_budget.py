@@ -19,7 +19,7 @@ from dk2pnet import processes
 from dk2pnet.decompose.select import Option, choose
 from dk2pnet.deploy.costs import DENSE, LatencyTable, Sketch, Spot, fastest_forms, gathered
 from dk2pnet.deploy.emit import BLOCK, NEARLY_ALL
-from dk2pnet.deploy.latency import compare_latency
+from dk2pnet.deploy.latency import compare_latency, ratio_of
 from dk2pnet.errors import InputError, TooSmall
 from dk2pnet.networks.network import Network, Site
 from dk2pnet.run.progress import Progress, silent
@@ -36,12 +36,13 @@ _ATTEMPTS = 8
 @dataclass
 class Spent:
     """Kernels per channel for every convolution (None: it stays dense), the emitted forms of the others, and the
-    attempts: for each the time asked of the table and the time measured, relative to the dense network's."""
+    attempts: for each the time asked of the table, and the time measured, with its interval, relative to the dense
+    network's."""
 
     counts: dict[str, Tensor | None]
     forms: dict[str, str]
     measured: float
-    attempts: list[dict[str, float]] = field(default_factory=list)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def spend_latency(
     # The rest of the network, which no kernel makes faster. Layers timed one by one can add up to more than the whole.
     fixed = max(unit - replaceable, 0.0)
     scale = unit / (fixed + replaceable)
-    attempts: list[dict[str, float]] = []
+    attempts: list[dict[str, Any]] = []
+    intervals: dict[tuple[int, ...], list[float]] = {}
     tried: dict[tuple[int, ...], tuple[float, dict[str, Tensor | None], dict[str, str]]] = {}
 
     def attempt(asked: float) -> tuple[float, dict[str, Tensor | None], dict[str, str]]:
@@ -127,8 +129,10 @@ def spend_latency(
                 threads=table.threads,
                 seconds=seconds,
             )
-            tried[key] = (found["student"].median_ms / found["dense"].median_ms, counts, forms)
-        attempts.append({"asked": asked, "measured": tried[key][0]})
+            ratio = ratio_of(found["student"], found["dense"])
+            tried[key] = (ratio.median_ms, counts, forms)
+            intervals[key] = [ratio.low_ms, ratio.high_ms]
+        attempts.append({"asked": asked, "measured": tried[key][0], "interval": intervals[key]})
         return tried[key]
 
     least = sum(min(option.cost for option in of_layer) for of_layer in options.values())
