@@ -141,6 +141,8 @@ def measure(options: Namespace, seed: int, missing: list[tuple[float, float]], r
                 solved = prober.closed.without_tuning(solved)
                 student = solved.student
             row["seconds"] = time.perf_counter() - started
+            if not minutes:  # of everything; that of a tuned row is the tuning's alone
+                row["seconds"] += sum(row["seconds_of_parts"].values())
             found = student.predict(samples.test, run)
             row |= {
                 "accuracy": accuracy(found),

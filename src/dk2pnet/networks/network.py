@@ -131,7 +131,6 @@ class Network(Protocol):
     batching: Batching  # how many samples it takes at once
     example: Any  # one input, as it is timed and exported: a tensor (1, C, H, W) or a `Feed`
     default_criterion: str
-    reconstructs_first: bool  # whether the reconstruction comes before tuning, and not only where that is not kept
     task: str | None  # what its answers are for, one of `tasks.TASKS`, once that is known
     plan: Plan | None  # where it was compressed before
     spec: dict[str, Any] | None  # arguments of `named.make_network`; None for what has to be given again
@@ -149,6 +148,11 @@ class Network(Protocol):
     @property
     def facts(self) -> dict[str, Any]:
         """What else metrics.json is to say of a student."""
+        ...
+
+    @property
+    def reconstructs_first(self) -> bool:
+        """Whether the reconstruction comes before tuning, and not only where that is not kept."""
         ...
 
     @property

@@ -78,7 +78,11 @@ class TorchNetwork:
 
     batching = Batching()
     default_criterion = "loss"
-    reconstructs_first = False
+
+    @property
+    def reconstructs_first(self) -> bool:
+        """Where images are large: tuning takes few steps there, and starts better from it (docs/tuning.md)."""
+        return self.example.dim() == 4 and max(self.example.shape[2:]) > SMALL
 
     @property
     def device(self) -> torch.device:
