@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from dk2pnet.commands import compress as pipeline
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
@@ -193,3 +194,22 @@ def test_multiply_adds_are_those_of_one_image_where_the_batch_is_fixed(tmp_path)
         plans.append(pipeline.compress(save(made, tmp_path), None, "kernels=1", criterion="weight", threads=1).plan)
     assert plans[0].macs_dense == plans[1].macs_dense
     assert [layer.macs for layer in plans[0].layers] == [layer.macs for layer in plans[1].layers]
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "wanted"), [((8, "w"), None, (8, None)), (("h", 8), None, (None, 8)), (("h", "w"), 8, 8)]
+)
+def test_a_side_that_the_graph_leaves_open_follows_from_the_images(tmp_path, size, side, wanted):
+    network = OnnxNetwork.read(save(small(size=size), tmp_path))
+    assert network.image_size(side) == (wanted, 3)
+
+
+def test_lines_of_text_are_not_squashed(tmp_path):
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    for number in range(12):
+        pixels = weights(10, 30, 3, seed=number) * 60 + 128
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    path = save(small(size=(8, "w")), tmp_path)
+    result = pipeline.compress(path, str(folder), "macs=0.7", normalize="0.5,0.5,0.5/0.5,0.5,0.5", tune=0, threads=1)
+    assert result.plan.input_shape == [3, 8, 24]

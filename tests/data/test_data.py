@@ -637,6 +637,18 @@ def test_images_that_cannot_be_read(tmp_path):
         load(tmp_path / "deep")
 
 
+@pytest.mark.parametrize(
+    ("size", "made"), [((8, None), (8, 24)), ((None, 24), (8, 24)), ((40, None), (40, 128)), ((8, 8), (8, 8))]
+)
+def test_a_side_that_is_left_open_follows_from_the_images(tmp_path, caplog, size, made):
+    """Lines of text, three times as wide as high, with one that is not; 120 pixels become 4 x 32."""
+    caplog.set_level("INFO")
+    for number, width in enumerate((30, 30, 10, 30, 30)):
+        save(tmp_path / f"{number}.png", np.zeros((10, width, 3), np.uint8))
+    assert load(tmp_path, size=size).size == made
+    assert (f"are scaled to {made[0]} x {made[1]}" in caplog.text) == (None in size)
+
+
 # -- splits ------------------------------------------------------------------------------------------------------------
 
 

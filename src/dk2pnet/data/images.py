@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +36,8 @@ __all__ = [
     "batch_size_for",
     "generator_for",
 ]
+
+_log = logging.getLogger(__name__)
 
 SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image keeps at least, as is usual
 
@@ -144,6 +148,11 @@ class Normalization:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
+def _in_steps(side: float) -> int:
+    """A whole number; of a large side the nearest that halves five times, as most networks ask for."""
+    return round(side / 32) * 32 if side > SMALL else max(round(side), 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Images of a Hugging Face data set, not decoded yet: ``rows`` (N,) of ``column``, to become C x H x W bytes."""
@@ -158,18 +167,29 @@ class Rows:
     convert: bool  # else an image in colour among grey ones is an error
 
     @classmethod
-    def probe(cls, name: str, dataset: Any, column: str, size: tuple[int, int] | None, channels: int | None) -> Rows:
-        """Learn what was not asked for: the size from the first image, colour from some all over the data set."""
+    def probe(
+        cls, name: str, dataset: Any, column: str, size: tuple[int | None, int | None] | None, channels: int | None
+    ) -> Rows:
+        """Learn what was not asked for: the size from the first image, or a side from the shape that some all over the
+        data set have, colour from these too."""
         rows = torch.arange(len(dataset))
-        images = cls(name, dataset, column, rows, channels or 3, size or (0, 0), size is not None, channels is not None)
+        images = cls(name, dataset, column, rows, channels or 3, (0, 0), size is not None, channels is not None)
+
+        def some() -> Iterator[Image]:
+            numbers = torch.linspace(0, len(dataset) - 1, min(len(dataset), _SOME)).long().tolist()
+            values = dataset[numbers][column]
+            return (_decode(value, images.where(value, row)) for row, value in zip(numbers, values, strict=True))
+
         value = dataset[:1][column][0]
         image = _decode(value, images.where(value, 0))
         height, width = size or (image.height, image.width)
+        if height is None or width is None:
+            aspect = median(each.width / each.height for each in some())
+            height = height or _in_steps((width or image.width) / aspect)
+            width = width or _in_steps(height * aspect)
+            _log.info("images of %r are scaled to %d x %d, as one side is left open", name, height, width)
         if channels is None and _is_grey(image):  # a photograph in grey may well be the first among coloured ones
-            some = torch.linspace(0, len(dataset) - 1, min(len(dataset), _SOME)).long().tolist()
-            values = dataset[some][column]
-            grey = (_is_grey(_decode(value, images.where(value, row))) for row, value in zip(some, values, strict=True))
-            channels = 1 if all(grey) else 3
+            channels = 1 if all(map(_is_grey, some())) else 3
         return replace(images, channels=channels or 3, size=(height, width))
 
     def where(self, value: Any, row: int) -> str:

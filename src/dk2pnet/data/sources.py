@@ -57,7 +57,7 @@ def load(
     split: str = "train",
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    size: int | tuple[int, int] | None = None,
+    size: int | tuple[int | None, int | None] | None = None,
     channels: int | None = None,
 ) -> ImageData:
     """Open a data set; of its images only the first is decoded, and where that is grey some more.
@@ -75,7 +75,8 @@ def load(
     data_dir
         Folder with one sub-folder per data set, searched before the hub; else the environment variable DK2PNET_DATA.
     size
-        Side, or (height, width), that images are resized to; without it all must have one size.
+        Side, or (height, width), that images are resized to; one of both that is None follows from what shape most
+        images have. Without it all must have one size.
     channels
         1 (grey) or 3 (colour); without it, 3 where one of the images looked at has colours.
 
@@ -86,8 +87,9 @@ def load(
     """
     name = os.fspath(name)
     sides = (size, size) if isinstance(size, int) else size
-    if sides is not None and min(sides) < 1:
-        raise InputError(f"image side is {min(sides)}; expected 1 or more")
+    least = min((side for side in sides or () if side is not None), default=1)
+    if least < 1:
+        raise InputError(f"image side is {least}; expected 1 or more")
     if channels not in (None, 1, 3):
         raise InputError(f"channels is {channels}; expected 1 (grey) or 3 (colour)")
     splits = _find(name, data_dir)
@@ -298,7 +300,9 @@ def _digits(split: str) -> Any:
     return datasets.Dataset.from_dict({"image": list(pixels), "label": digits.target[rows].tolist()}, features)
 
 
-def _from_dataset(name: str, dataset: Any, size: tuple[int, int] | None, channels: int | None) -> ImageData:
+def _from_dataset(
+    name: str, dataset: Any, size: tuple[int | None, int | None] | None, channels: int | None
+) -> ImageData:
     """Find the images and the labels among the columns."""
     datasets = _datasets()
     if not len(dataset):

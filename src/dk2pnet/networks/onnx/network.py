@@ -119,11 +119,12 @@ class OnnxNetwork:
         return found
 
     def image_size(self, side: int | None) -> tuple[Any, int | None]:
-        """Height and width (or one side, or None where both are open) and channels of the images; `side` as given."""
+        """Height and width (None for one that is open), or one side, or None where both are open, and channels of the
+        images; `side` as given."""
         value = self.image_input()
         height, width = value.dims[2:]
         chosen = side if side is not None else height if height is not None else width
-        if height is not None and width is not None and side is None:
+        if chosen is not None and side is None:  # one that is left open follows from the images
             return (height, width), value.dims[1]
         if {height, width} - {None, chosen}:
             raise InputError(
