@@ -191,6 +191,7 @@ class DKConv2d(nn.Module):
     @classmethod
     def like(cls, conv: nn.Conv2d, counts: int | Sequence[int], form: str = "branches") -> DKConv2d:
         """An untrained layer with the geometry, dtype, device and modes of `conv`."""
+        _check_convolution(conv)
         layer = cls(
             **arguments_of(conv),
             bias=conv.bias is not None,
@@ -220,6 +221,7 @@ class DKConv2d(nn.Module):
 
         Example: ``DKConv2d.from_dense(nn.Conv2d(16, 32, 3), counts=9)`` equals the convolution exactly.
         """
+        _check_convolution(conv)
         source = _sources(counts, conv.in_channels, conv.groups)
         per_channel = torch.bincount(torch.tensor(source), minlength=conv.in_channels)
         return cls.from_factors(conv, solve(conv.weight.detach(), per_channel, groups=conv.groups), form)
@@ -361,6 +363,11 @@ class DKConv2d(nn.Module):
             text += ", bias=False"
         branches = "+".join(map(str, self.branch_sizes))
         return f"{text}, kernels={len(self.source)} in branches {branches}, form={self._form}"
+
+
+def _check_convolution(conv: object) -> None:
+    if not isinstance(conv, nn.Conv2d | DKConv2d):
+        raise InputError(f"conv is of type {type(conv).__name__}; expected a torch.nn.Conv2d")
 
 
 def arguments_of(conv: nn.Conv2d | DKConv2d) -> dict[str, Any]:

@@ -30,7 +30,22 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise InputError(
             f"the model {type(model).__name__} cannot be copied ({error}); give one that copy.deepcopy accepts"
         ) from error
+    _out_of_inference(copied)
     return _uncompiled(copied)
+
+
+def _out_of_inference(model: nn.Module) -> None:
+    """Tensors that were made in `torch.inference_mode` cannot learn, nor be changed outside of it: copies can."""
+    known: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is None or not value.is_inference():
+                    continue
+                if id(value) not in known:
+                    new = value.detach().clone()
+                    known[id(value)] = nn.Parameter(new) if isinstance(value, nn.Parameter) else new
+                tensors[name] = known[id(value)]  # type: ignore[assignment]
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

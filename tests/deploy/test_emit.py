@@ -59,6 +59,18 @@ def test_every_form_computes_the_layer(layer, form):
         torch.testing.assert_close(plain_layer(layer, form)(x), layer(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("form", EMITTED)
+@pytest.mark.parametrize("counts", [[2, 0, 1, 1], [1] * 4])
+def test_plain_layers_are_taken_by_torchscript(form, counts):
+    torch.manual_seed(0)
+    layer = DKConv2d(4, 8, 3, padding=1, counts=counts).eval()
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        found = torch.jit.script(plain_layer(layer, form))(x)
+        torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-5)
+
+
 @given(layers(), st.sampled_from(EMITTED))
 @settings(max_examples=60, deadline=None)
 def test_nodes_compute_the_layer_and_have_no_multiplier(tmp_path_factory, layer, form):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -179,7 +179,7 @@ def concatenated(layer: DKConv2d, form: str, branches: Sequence[Branch]) -> bool
 
 
 class PlainLayer(nn.Module):
-    """`branches` as modules, with stride, padding, dilation and groups of `geometry`.
+    """`branches` as modules, with stride, padding, dilation and groups of `geometry`; `torch.jit.script` takes it.
 
     `DKConv2d` slices its kernels and combination by branch. An exporter may write these slices as operators (the dynamo
     exporter does for large layers), which hides the weights from whatever reads the file; here each is a weight.
@@ -198,39 +198,51 @@ class PlainLayer(nn.Module):
         # Symmetric zeros are the convolution's own; the rest is padded once, not once per branch.
         inside = self.padding_mode == "constant" and left == right and top == bottom
         self.pad_outside = None if inside else [left, right, top, bottom]
-        self.extract, self.combine = nn.ModuleList(), nn.ModuleList()
-        for number, branch in enumerate(branches):
-            if branch.channels is not None:
-                self.register_buffer(f"channels_{number}", branch.channels)
-            width = len(branch.kernels)
+        self.branches = nn.ModuleList()
+        for branch in branches:
+            steps: list[nn.Module] = [] if branch.channels is None else [_Gather(branch.channels)]
             padding: Any = (top, left) if inside else 0
             own = bias if branch.combination is None else None
-            self.extract.append(_conv(branch.kernels, own, width, geometry.stride, padding, geometry.dilation))
+            width = len(branch.kernels)
+            steps.append(_conv(branch.kernels, own, width, geometry.stride, padding, geometry.dilation))
             if branch.combination is None:
                 bias = None
-                self.combine.append(nn.Identity())
             elif not concat:
-                self.combine.append(_conv(branch.combination, bias, geometry.groups))
+                steps.append(_conv(branch.combination, bias, geometry.groups))
                 bias = None
+            self.branches.append(nn.Sequential(*steps))
+        self.combine: nn.Module | None = None
         if concat:
             whole = torch.cat([branch.combination for branch in branches if branch.combination is not None], 1)
-            self.combine.append(_conv(whole, bias, 1))
-        self.concat = concat
+            self.combine = _conv(whole, bias, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x (B, C, H, W)``."""
         if self.pad_outside is not None:
             x = F.pad(x, self.pad_outside, mode=self.padding_mode)
-        features = []
-        for number, extract in enumerate(self.extract):
-            channels = self._buffers.get(f"channels_{number}")
-            features.append(extract(x if channels is None else x.index_select(1, channels)))
-        if self.concat:
-            return self.combine[0](torch.cat(features, 1))
-        result = self.combine[0](features[0])
-        for combine, feature in zip(list(self.combine)[1:], features[1:], strict=True):
-            result = result + combine(feature)
+        parts = []
+        for branch in self.branches:
+            parts.append(branch(x))
+        if self.combine is not None:
+            return self.combine(torch.cat(parts, 1))
+        result = parts[0]
+        for part in parts[1:]:
+            result = result + part
         return result
+
+
+class _Gather(nn.Module):
+    """Some channels of ``(B, C, H, W)``."""
+
+    if TYPE_CHECKING:  # TorchScript cannot read it
+        channels: Tensor
+
+    def __init__(self, channels: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("channels", channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.channels)
 
 
 def _conv(

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dk2pnet.data import ImageData, Normalization, has_split, load
@@ -41,6 +42,26 @@ def is_onnx_file(model: object) -> bool:
     return isinstance(model, str | Path) and str(model).lower().endswith(".onnx")
 
 
+def check_model(model: object) -> None:
+    """`InputError` for what is no network of which parts can be replaced."""
+    expected = "expected a torch.nn.Module, the name of a network, a folder that dk2pnet wrote, or an .onnx file"
+    if isinstance(model, torch.export.ExportedProgram):
+        raise InputError(
+            "model is an exported program, in which no convolution can be replaced; give the module it was exported "
+            "from, or write it as ONNX and give that file"
+        )
+    if not isinstance(model, str | Path | nn.Module):
+        raise InputError(f"model is of type {type(model).__name__}; {expected}")
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                part = f"{name!r} of the network" if name else "the network"
+                raise InputError(
+                    f"{part} is TorchScript, in which no convolution can be replaced; give the module it was made of, "
+                    "or write it as ONNX and give that file"
+                )
+
+
 def open_with_data(
     model: str | Path | nn.Module,
     data: str | None,
@@ -57,6 +78,7 @@ def open_with_data(
     Of an ONNX file no data set is opened where `data` is an ``.npz`` file. Images that are not its `own` lose their
     labels, which mean nothing to the network.
     """
+    check_model(model)
     if is_onnx_file(model):
         graph = open_onnx(str(model), normalize)
         network: Network = graph

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from dk2pnet.errors import InputError
+from dk2pnet.errors import InputError, first_line
 from dk2pnet.networks.named import make_network
 from dk2pnet.networks.torch.convert import convert
 from dk2pnet.plan import Plan
@@ -21,14 +21,20 @@ PLAN, WEIGHTS = "plan.json", "model.safetensors"
 
 
 def save_student(model: nn.Module, plan: Plan, folder: str | Path) -> None:
-    """Write plan.json and model.safetensors into the existing `folder`; weights shared by several modules once.
+    """Write plan.json and model.safetensors into `folder`, which is made; weights shared by several modules once.
 
-    The plan is given the hash of the weights.
+    The plan is given the hash of the weights. `InputError` where they cannot be written.
     """
     folder = Path(folder)
-    save_model(model, str(folder / WEIGHTS))
-    plan.weights_hash = _hash(folder / WEIGHTS)
-    (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(model, str(folder / WEIGHTS))
+        plan.weights_hash = _hash(folder / WEIGHTS)
+        (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"the network cannot be written to {folder} ({first_line(error)}); give another folder"
+        ) from error
     (folder / WEIGHTS).chmod((folder / PLAN).stat().st_mode)  # safetensors makes files that only their owner can read
 
 
@@ -61,7 +67,12 @@ def load_student(folder: str | Path, factory: Callable[[], nn.Module] | None = N
             f"{weights} is not the file that {PLAN} describes (its SHA-256 differs); restore both together"
         )
     if factory is not None:
+        expected = "expected a function without arguments that returns the dense network, such as lambda: model"
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise InputError(f"factory is of type {type(factory).__name__}; {expected}")
         dense = factory()
+        if not isinstance(dense, nn.Module):
+            raise InputError(f"factory returns {type(dense).__name__}; {expected}")
     elif plan.network is not None and ".py:" in str(plan.network.get("name", "")):
         name = plan.network["name"]
         raise InputError(

@@ -243,7 +243,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     for name, tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
             if tensor.dim() > 1 and bool(((tensor == 0) | (tensor == -math.inf)).all()):
                 continue  # a mask, as attention has
             return name

@@ -24,6 +24,10 @@ def check_out(out: str | Path | None, overwrite: bool) -> None:
     """Refuse an OUT that exists or that cannot be written, before any work is done."""
     if out is None:
         return
+    if not isinstance(out, str | os.PathLike):
+        raise InputError(
+            f"out is of type {type(out).__name__}; expected the path of a folder, or None to write nothing"
+        )
     path = Path(out)
     if path.exists() and not overwrite:
         raise InputError(f"{out} exists; give another --out, or --overwrite to replace it")

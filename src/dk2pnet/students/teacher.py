@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Teacher:
         epochs = options.epochs if isinstance(options, CompressOptions) else 0
         network, samples, training = _running(model, data, options, run)
         sites = network.sites(options.keep, first)
-        _check_open(model, sites)
+        _check_open(model, sites, network.layers)
         named = None if training is None else options.calibration_data or str(data)
         criterion = options.criterion or network.default_criterion
         if samples is None and (CRITERIA[criterion][0] or epochs):
@@ -120,7 +120,7 @@ class Teacher:
                 + (", or --task classify" if options.task is None and can_be("classify", held) else "")
             )
         _leave_what_does_not_fit(sites, criterion, options.memory)
-        _check_open(model, sites)
+        _check_open(model, sites, network.layers)
         tuning = tuning_of(options.tune, epochs=epochs, samples=samples, macs=network.macs)
         learner = None
         if tuning.wanted and samples is not None:
@@ -169,9 +169,10 @@ def _digest_of_batch(x: Any) -> str:
     return digest_of({name: _as_tensor(array) for name, array in arrays.items()})
 
 
-def _check_open(model: Any, sites: list[Any]) -> None:
+def _check_open(model: Any, sites: list[Any], layers: Mapping[str, Any]) -> None:
     if all(site.reason for site in sites):
-        raise InputError(f"{_name(model)} has no convolution that can be decomposed: {_reasons(sites)}")
+        reasons = "all are dominant kernels already" if not sites and layers else _reasons(sites)
+        raise InputError(f"{_name(model)} has no convolution that can be decomposed: {reasons}")
 
 
 def _leave_what_does_not_fit(sites: list[Any], criterion: str, memory: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +61,7 @@ _NORM_IMAGES = 512
 _FAR, _FAR_RATE = 1 / 3, 3e-2
 # Held-out images by which a file is compared with the network, and how far they may differ (of noise: `check_onnx`).
 _COMPARED, _COMPARED_BATCHES, _TOLERANCE = 16, 4, 1e-3
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _FROZEN_SHARE = 0.3  # the rate with batch norm frozen, as a share of the usual one
 
 
@@ -152,6 +154,7 @@ class TorchNetwork:
         except Exception as error:  # whatever the network itself raises
             if self._answers_of_the_original() is not None:
                 raise self._captured() from error
+            self._check_inputs()
             kinds = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
             if len(kinds) == 1 and kinds != {self.example.dtype}:
                 raise InputError(
@@ -169,6 +172,21 @@ class TorchNetwork:
                 "be compared with it; look for dropout without training=self.training"
             )
         self._check_copy()
+
+    def _check_inputs(self) -> None:
+        """Refuse a network that takes more than images, or was exported for batches of one size."""
+        if any("guards" in name for name, _ in self.model.named_modules()):  # as torch.export leaves
+            raise InputError(
+                "the network is an exported program, which takes what it was exported with; give the module it was "
+                "made of, or write it as ONNX and give that file"
+            )
+        takes = inspect.signature(self.model.forward).parameters.values()
+        needed = [each.name for each in takes if each.default is each.empty and each.kind in _POSITIONAL]
+        if len(needed) > 1:
+            raise InputError(
+                f"the network's forward takes {', '.join(needed)}, and images are one input; give a module whose "
+                "forward takes images alone, and calls it"
+            )
 
     def _check_number(self, one: int) -> None:
         """Refuse a network with as many outputs as it finds objects, or images: none belongs to one of another's."""
