@@ -52,6 +52,20 @@ def test_networks(what):
         compress(make(), X, "macs=0.7", criterion="response", tune=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_numbers_that_a_file_cannot_have_are_refused_before_the_work(tmp_path, dtype):
+    given = net().to(dtype), [x.to(dtype) for x in X], "macs=0.7"
+    with pytest.raises(InputError, match=rf"are {dtype}, which model.onnx cannot have; give both in torch.float32"):
+        compress(*given, criterion="response", tune=0, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert compress(*given, criterion="response", tune=0).model[0].weight.dtype == dtype
+
+
+def test_a_network_without_weights():
+    with pytest.raises(InputError, match="the network has no weights yet .*meta.*; load some first"):
+        compress(net().to("meta"), X, "macs=0.7", criterion="response", tune=0)
+
+
 def test_a_network_with_nothing_left_says_so():
     model = nn.Sequential(DKConv2d.from_dense(net()[0], 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     with pytest.raises(InputError, match="no convolution that can be decomposed: all are dominant kernels already"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 from torch import Tensor, nn
 
 from dk2pnet import processes
@@ -98,6 +99,8 @@ def compress(
         chosen = replace(chosen, criterion=teacher.criterion)
         if chosen.epochs:
             _check_labels(teacher)
+        if out is not None:
+            _check_numbers(teacher)
         if teacher.samples is None and chosen.int8:
             raise InputError("int8 needs images to calibrate on and none were given; give --data, or leave --int8 away")
         recipe = recipe_of({"model": model, "data": data, "budget": wanted}, chosen)
@@ -178,6 +181,16 @@ def _check(wanted: Budget, data: object, options: CompressOptions) -> None:
         raise InputError(f"{what} is of the training with labels, and epochs is 0; give --epochs too, or leave it away")
     if wanted.in_points and data is None and options.calibration_data is None:
         raise InputError(f"budget {wanted} is decided on images and none were given; give --data")
+
+
+def _check_numbers(teacher: Teacher) -> None:
+    """`InputError` for numbers that no runtime of ONNX files takes on every processor."""
+    example = teacher.network.example
+    if isinstance(example, Tensor) and example.dtype != torch.float32:
+        raise InputError(
+            f"the network and its images are {example.dtype}, which model.onnx cannot have; give both in torch.float32 "
+            "(model.float(), x.float()), or no OUT"
+        )
 
 
 def _check_labels(teacher: Teacher) -> None:

@@ -234,6 +234,8 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise InputError(f"{name} of the network has no shape yet; run the network on one image first")
+        if parameter.is_meta:
+            raise InputError(f"the network has no weights yet ({name} is on the device meta); load some first")
         yield name, parameter
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -248,8 +250,3 @@ def _first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
                 continue  # a mask, as attention has
             return name
     return None
-
-
-def firstfirst_line(error: Exception) -> str:
-    """The first line of what an exception says, or its type where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
