@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from dk2pnet.answers import Predictions
+from dk2pnet.answers import Predictions, predict
 from dk2pnet.errors import InputError
 from dk2pnet.options import TASKS
 from dk2pnet.tasks import (
@@ -208,6 +209,21 @@ def test_neither_unit_nor_offset_of_an_output_changes_anything(unit, offset, see
             each.add(outputs, 40)
         found.append(relative_errors(*pair))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+class Denoiser(nn.Module):
+    def forward(self, x):
+        return x + 0.01 * x.roll(1, -1), x.sum((2, 3))
+
+
+def test_where_an_output_is_nearly_its_input_what_is_added_counts():
+    """Whoever gives the input back has lost all that the network does, and not a ten-thousandth."""
+    batches = [(x, None) for x in noise(12, 3, 4, 4).split(5)]
+    teacher = predict(Denoiser(), batches, task="regress")
+    lazy = Predictions(task="regress")
+    for x, _ in batches:
+        lazy.add([x, x.sum((2, 3))], len(x))
+    assert relative_errors(teacher, lazy) == {"output 1": pytest.approx(1, rel=1e-3), "output 2": pytest.approx(0)}
 
 
 def test_batches_change_nothing():

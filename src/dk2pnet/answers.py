@@ -47,13 +47,17 @@ class Predictions:
         self._labels: list[Tensor] = []
         self._bytes = 0
         self._file: IO[bytes] | None = None
+        self.added: list[list[Tensor | None]] = []  # by batch and output: see `_added`
         self.known: dict[str, Tensor] = {}  # what `tasks` finds out of them, and needs more than once
         if outputs:
             self.add(outputs, len(outputs[0]), labels)
 
-    def add(self, outputs: Sequence[Any], samples: int, labels: Tensor | None = None) -> None:
-        """The answers to a batch more: tensors, arrays, or what else a graph may give."""
-        row = [each.detach().float().cpu().numpy() if isinstance(each, Tensor) else each for each in outputs]
+    def add(
+        self, outputs: Sequence[Any], samples: int, labels: Tensor | None = None, inputs: Sequence[Any] = ()
+    ) -> None:
+        """The answers to a batch more: tensors, arrays, or what else a graph may give, to these `inputs`."""
+        row = [_array(each) for each in outputs]
+        self.added.append([_added(each, inputs, samples) for each in row])
         numbers = [isinstance(each, np.ndarray) and each.dtype.kind in "fiub" for each in row]
         self._shapes.append([each.shape if good else None for each, good in zip(row, numbers, strict=True)])
         self.counts.append(samples)
@@ -154,6 +158,19 @@ class Predictions:
         return np.load(self._file, allow_pickle=False)
 
 
+def _array(value: Any) -> Any:
+    return value.detach().float().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def _added(output: Any, inputs: Sequence[Any], samples: int) -> Tensor | None:
+    """Energy of the difference from the nearest input of the same shape, by sample; None where none has it."""
+    if not isinstance(output, np.ndarray) or output.dtype.kind != "f" or output.shape[:1] != (samples,):
+        return None
+    like = [_array(each) for each in inputs if tuple(each.shape) == output.shape]
+    differences = [torch.from_numpy(output - each).double().reshape(samples, -1).square().sum(1) for each in like]
+    return min(differences, key=lambda energy: float(energy.sum()), default=None)
+
+
 def predict(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor | None]],
@@ -176,7 +193,7 @@ def predict(
                     "as in a detector before its boxes are selected"
                 )
             number = len(outputs)
-            found.add(outputs, len(x), y)
+            found.add(outputs, len(x), y, [x])
             if progress is not None:
                 progress(len(found))
     if not found.counts:

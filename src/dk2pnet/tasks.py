@@ -180,8 +180,9 @@ def compare(teacher: Predictions, student: Predictions) -> Comparison:
     """By the teacher's task, in one pass over both.
 
     An error is relative to the energy of the output about its mean over the samples, which a network that always
-    answers the same would lose: a constant offset, as of boxes in pixels, must not hide an error. Of an output that is
-    the same for all samples it is that about zero, and where the teacher is silent, that of all outputs. What the
+    answers the same would lose: a constant offset, as of boxes in pixels, must not hide an error. Where an output has
+    the shape of an input and is nearer to it, as a denoiser's is, to the energy of what the network adds. Of one that
+    is the same for all samples it is that about zero, and where the teacher is silent, that of all outputs. What the
     teacher has not finite (a mask) is not compared; of an output of another shape, all is lost.
     """
     task = task_of(teacher)
@@ -367,6 +368,12 @@ def _energies(teacher: Predictions, task: str) -> Tensor:
     for number, (_, by_element) in enumerate(means):
         if by_element and len(teacher) > 1:  # the mean is of the same samples
             found[number] *= len(teacher) / (len(teacher) - 1)
+    for number in range(len(found)):
+        added = [row[number] for row in teacher.added]
+        if task == "regress" and all(each is not None for each in added):
+            energy = torch.cat([each for each in added if each is not None])
+            if 0 < float(energy.sum()) < float(found[number].sum()):
+                found[number] = energy
     silent = found.sum(1, keepdim=True) <= _TINY * plain.sum(1, keepdim=True)
     teacher.known[task] = kept = torch.where(silent, plain, found)
     return kept
