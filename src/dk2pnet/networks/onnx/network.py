@@ -250,7 +250,7 @@ class OnnxNetwork:
             row = [answers[name] for name in self.names]
             found = found or Predictions(names=self.names, task=self.task)
             row = [a[: len(x)] if missing > 0 and isinstance(a, np.ndarray) else a for a in row]
-            given = [a[: len(x)] for a in feed.arrays.values() if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
+            given = [a[: len(x)] for a in map(np.asarray, feed.arrays.values()) if a.ndim and a.dtype.kind == "f"]
             found.add(row, len(x), y, given)
             if what:
                 run.progress(what, len(found), total)
