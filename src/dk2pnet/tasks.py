@@ -39,6 +39,7 @@ __all__ = [
     "divergence",
     "figures",
     "guess",
+    "has_accuracy",
     "is_uncertain",
     "log_scores",
     "relative_errors",
@@ -259,6 +260,11 @@ def figures(teacher: Predictions, student: Predictions) -> dict[str, Any]:
         "relative_errors": {name: percent(each) for name, each in zip(teacher.names, relative, strict=True)},
         "relative_error_worst": percent(torch.where(worst.isfinite(), worst, math.inf)),
     }
+
+
+def has_accuracy(answers: Predictions) -> bool:
+    """Whether they are one row of class scores per sample, of samples with labels."""
+    return answers.labels is not None and task_of(answers) == "classify" and len(answers.shapes()) == 1
 
 
 def accuracy(predictions: Predictions) -> float:

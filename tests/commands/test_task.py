@@ -142,6 +142,20 @@ def test_an_error_is_that_of_every_output():
     assert result.plan.macs < 0.95 * result.plan.macs_dense
 
 
+def test_two_heads_of_classes_can_be_told():
+    """Agreement is that of both; there is no accuracy, as labels are of one."""
+
+    def heads(net, maps):
+        return 4 * net.head(maps).mean((2, 3)), 4 * net.boxes(maps).mean((2, 3))
+
+    labelled = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in X]
+    result = compress(
+        Net(heads).eval(), X, "macs=0.6", task="classify", test_data=labelled, tune=0, criterion="response"
+    )
+    assert result.metrics["student"]["accuracy"] is None
+    assert 0 < result.metrics["student"]["agreement"] <= 100
+
+
 def test_labels_and_positions_can_disagree():
     for answer in (labels, segments):
         result = compress(Net(answer).eval(), X, "disagree=20", calibration_images=125, tune=0)

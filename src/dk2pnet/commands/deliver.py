@@ -30,7 +30,7 @@ from dk2pnet.run.run import Run
 from dk2pnet.run.unfinished import keep_logs
 from dk2pnet.students.latency_budget import choose_forms
 from dk2pnet.students.teacher import Teacher
-from dk2pnet.tasks import accuracy, agreement, squared_error
+from dk2pnet.tasks import accuracy, agreement, has_accuracy, squared_error
 
 __all__ = ["deliver", "notes_of_file", "write_int8", "write_pt2"]
 
@@ -214,7 +214,7 @@ def write_int8(
         if samples.test is not None and task == "classify":
             run.progress(f"evaluating: {name} {kind}", 0, 0)
             answers = _predict(content, samples.test, run.threads, task)
-            right = accuracy(answers) if answers.labels is not None else None
+            right = accuracy(answers) if has_accuracy(answers) else None
         row: dict[str, Any] = {"network": name, "numbers": kind, "accuracy": right}
         row |= {"agreement": agreement(reference, held), "bytes": len(content)}
         row |= {"latency_ms": times[f"{name} {kind}"].median_ms}

@@ -33,7 +33,7 @@ from dk2pnet.students.allocate import candidates_of
 from dk2pnet.students.latency_budget import choose_forms
 from dk2pnet.students.probes import Probe, Prober
 from dk2pnet.students.teacher import Teacher, check_for_onnx
-from dk2pnet.tasks import accuracy, agreement
+from dk2pnet.tasks import accuracy, agreement, has_accuracy
 
 __all__ = ["compress_command", "default_budgets", "explore", "knee"]
 
@@ -227,7 +227,7 @@ class _Scale:
         self.samples, self.run = teacher.samples.decide, run
         self.teacher = teacher.network.predict(self.samples, run)
         self.kind = "error"
-        if teacher.task == "classify" and self.teacher.labels is not None:
+        if has_accuracy(self.teacher):
             self.kind = "drop"
         elif agreement(self.teacher, self.teacher) is not None:
             self.kind = "disagree"

@@ -41,7 +41,7 @@ class Figures:
             answers = network.predict(samples.test, self.run, f"evaluating: {name}", total)
             self.test[name] = answers
             samples.counts["test"] = len(answers)
-            if answers.labels is not None and self.teacher.task == "classify":
+            if tasks.has_accuracy(answers):
                 figures["accuracy"] = tasks.accuracy(answers)
         return figures
 
