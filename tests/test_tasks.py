@@ -53,6 +53,10 @@ GUESSED = {
     "maps": (noise(N, 5, 4, 4), "regress"),
     "maps of probabilities": (noise(N, 5, 4, 4).softmax(1), "dense"),
     "one map": (torch.ones(N, 1, 4, 4), "regress"),
+    # of a ResNet-18 whose weights were quantised: -22 to 28, 2.8 standard deviations from zero
+    "logits with an offset": (noise(N, 1000) + 2.8, "classify"),
+    "logits that are all positive": (noise(N, 1000) + 9, "classify"),
+    "few logits with an offset": (noise(N, 5) - 3, "classify"),
     "few samples": (torch.rand(3, 4), "classify"),
 }
 

@@ -52,7 +52,8 @@ MEASURES = {"classify": _KL, "multilabel": _KL, "dense": _KL, "embed": _SQUARES,
 
 # Samples from which on values say what answers are for; below, only what is exact, as rows that sum to one.
 _ENOUGH = 20
-_FEATURES = 64  # rows of so many numbers, none below zero, are features behind a ReLU
+_FEATURES = 64  # rows of so many numbers that begin at zero are features behind a ReLU
+_FAR_OFF = 10  # fewer numbers that lie so far from zero together, in their own standard deviations, are no scores
 _TINY = 1e-12  # energy about the mean, as a share of that about zero, of an output that is the same for all samples
 
 
@@ -78,12 +79,11 @@ def guess(answers: Predictions) -> str:
         return "classify"
     if _labels_fit(answers):
         return "classify"
-    if seen.low >= 0:
-        if seen.high <= 1:
-            return "multilabel"
-        return "embed" if shapes[0][0] >= _FEATURES else "regress"
-    # Cross-entropy does not change the mean of the scores, which begins near zero: what lies far from it is no score.
-    return "regress" if seen.offset > 2 else "classify"
+    if seen.low >= 0 and seen.high <= 1:
+        return "multilabel"
+    if shapes[0][0] >= _FEATURES:  # scores have an offset of their own, so that they may all be positive
+        return "embed" if 0 <= seen.low < 0.01 * seen.mean else "classify"
+    return "regress" if seen.low >= 0 or seen.offset > _FAR_OFF else "classify"
 
 
 def is_uncertain(answers: Predictions) -> bool:
@@ -107,26 +107,29 @@ def check_task(task: str, answers: Predictions) -> None:
 
 
 class _Seen(NamedTuple):
-    """Of one output's values: range, whether the class scores of each place are probabilities, whether rows have unit
-    length, and how far the mean of a row is from zero, in its standard deviations (the median)."""
+    """Of one output's values: range, mean, whether the class scores of each place are probabilities, whether rows have
+    unit length, and how far the mean of a row is from zero, in its standard deviations (the median)."""
 
     low: float
     high: float
+    mean: float
     sums_to_one: bool
     unit_length: bool
     offset: float
 
     @classmethod
     def of(cls, answers: Predictions) -> _Seen:
-        low, high, sums, unit, offsets = math.inf, -math.inf, True, True, []
+        low, high, sums, unit = math.inf, -math.inf, True, True
+        offsets, means = [], []
         for _, (array, *_) in answers.parts():
             x = torch.from_numpy(np.ascontiguousarray(array)).double()
             low, high = min(low, float(x.min())), max(high, float(x.max()))
             sums = sums and _are_probabilities(x)
             rows = x.flatten(1)
             unit = unit and torch.allclose(rows.norm(dim=1), torch.ones(len(rows), dtype=torch.double), atol=1e-3)
+            means.append(rows.mean(1))
             offsets.append(rows.mean(1).abs() / rows.std(1).clamp_min(1e-30))
-        return cls(low, high, sums, unit, float(torch.cat(offsets).median()))
+        return cls(low, high, float(torch.cat(means).mean()), sums, unit, float(torch.cat(offsets).median()))
 
 
 def _labels_fit(answers: Predictions) -> bool:
