@@ -37,7 +37,7 @@ from dk2pnet.students.closed_form import ClosedForm, Solved, solved_once
 from dk2pnet.students.decisions import Judge
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning import Tuner
-from dk2pnet.tasks import accuracy, agreement
+from dk2pnet.tasks import accuracy, agreement, divergence
 from dk2pnet.training.trainer import TUNING
 from recovery import add_mir, fskd, penultimate
 
@@ -188,7 +188,7 @@ class Bench:
         answers = student.predict(self.validation, self.run_there)
         found |= {
             "accuracy": accuracy(student.predict(self.test, self.run_there)),
-            "validation_kl": dense.divergence(self.answers, answers),
+            "validation_kl": divergence(self.answers, answers),
             "validation_agreement": agreement(self.answers, answers),
             "macs_kept": student.macs / solved.plan.macs_dense,
             "threads": torch.get_num_threads(),

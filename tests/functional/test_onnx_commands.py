@@ -82,7 +82,7 @@ def test_images_into_a_file_of_a_fixed_batch(place):
 def test_tuned_from_the_command_line(place):
     options = ["--model", "teacher/model.onnx", "--data", "digits", "--budget", "kernels=1", "--threads", 1]
     answer = works(here, "compress", *options, "--tune", 40, "--out", "tuned", cwd=place)
-    assert "tuning: relative squared error" in answer.out
+    assert "tuning: KL(teacher || student)" in answer.out
     works(here, "compress", *options, "--tune", 0, "--out", "untuned", cwd=place)
     tuned, untuned = (figures(place / name) for name in ("tuned", "untuned"))
     assert tuned["tuning_steps"] == 40

@@ -265,7 +265,8 @@ def test_a_fixed_batch_decides_on_parts_of_batches(place, tmp_path):
     assert (decided["images"], decided["confirmed"]["images"]) == (16, 4)
     assert decided["value"] <= 0.05
     path = save(classifier(batch=4), tmp_path)
-    decided = compress(path, inputs(tmp_path, x=smooth(100)), "disagree=30", threads=1, tune=0).metrics["decided"]
+    options = {"threads": 1, "tune": 0, "task": "classify"}  # means of what a ReLU gives look like numbers
+    decided = compress(path, inputs(tmp_path, x=smooth(100)), "disagree=30", **options).metrics["decided"]
     assert (decided["images"], decided["confirmed"]["images"]) == (16, 4)
 
 
@@ -464,7 +465,10 @@ def test_the_loss_gives_the_counts_that_it_gives_in_pytorch(place, end):
 
 def test_the_loss_needs_a_classifier_and_a_graph_that_can_be_had(tmp_path, monkeypatch):
     path, data = save(small(), tmp_path), inputs(tmp_path, x=smooth(60))
-    with pytest.raises(InputError, match=r"needs a classifier .* returns \(1, 12, 1, 1\); use --criterion response"):
+    with pytest.raises(
+        InputError,
+        match=r"needs a classifier .* returns \(1, 12, 1, 1\), taken for task 'regress'; use --criterion response",
+    ):
         compress(path, data, "kernels=1", criterion="loss", threads=1, tune=0)
     monkeypatch.setitem(sys.modules, "onnx2fx", None)
     path = save(classifier(), tmp_path)
@@ -529,7 +533,8 @@ def test_a_loader_of_another_batch_than_the_files(tmp_path):
     x = torch.from_numpy(smooth(100))
     result = compress(path, x.split(33), "kernels=1", tune=5, threads=1)
     assert result.metrics["run"]["images"] == {"calibration": 80, "held out": 20}
-    decided = compress(path, x.split(33), "disagree=40", holdout=x.split(30), tune=0, threads=1).metrics["decided"]
+    options = {"holdout": x.split(30), "tune": 0, "threads": 1, "task": "classify"}
+    decided = compress(path, x.split(33), "disagree=40", **options).metrics["decided"]
     assert decided["images"] + decided["confirmed"]["images"] == 100
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dk2pnet.answers import Predictions
+from dk2pnet.data.arrays import Feed
 from dk2pnet.data.samples import Batches, Samples
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.emit import plain_model
@@ -264,5 +265,6 @@ def _predict(content: bytes, batches: Batches, threads: int | None, task: str | 
     running = session(content, threads)
     found = Predictions(names=[output.name for output in running.get_outputs()], task=task)
     for x, y in batches:
-        found.add(run_onnx(running, x), len(x), y)
+        inputs = list(x.arrays.values()) if isinstance(x, Feed) else [x]
+        found.add(run_onnx(running, x), len(x), y, inputs)
     return found
