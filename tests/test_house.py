@@ -7,7 +7,19 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "dk2pnet"
 FLOORS = (
     ("errors", "__version__"),
-    ("layer", "plan", "modules", "measure", "answers", "tasks", "estimates", "processes", "decompose", "nets"),
+    (
+        "layer",
+        "plan",
+        "modules",
+        "measure",
+        "answers",
+        "digest",
+        "tasks",
+        "estimates",
+        "processes",
+        "decompose",
+        "nets",
+    ),
     ("options",),
     ("data",),
     ("training", "deploy", "report", "run"),

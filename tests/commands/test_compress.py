@@ -15,6 +15,7 @@ from dk2pnet.answers import predict
 from dk2pnet.commands import deliver
 from dk2pnet.deploy.latency import Latency
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
+from dk2pnet.digest import digest_of
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import macs, outputs_of, parameters
 from dk2pnet.nets import lenet
@@ -26,7 +27,6 @@ from dk2pnet.run import out_folder as folders
 from dk2pnet.run.unfinished import unfinished
 from dk2pnet.students import allocate as decomposition
 from dk2pnet.tasks import divergence
-from dk2pnet.training.checkpoint import digest_of
 from timing import time_by
 
 

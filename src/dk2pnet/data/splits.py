@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dk2pnet.data.images import ImageData, generator_for
+from dk2pnet.digest import digest_of
 from dk2pnet.errors import InputError
 
 __all__ = ["UserBatches", "calibration_split", "decides", "identity_of", "part_of_split", "split_training"]
@@ -32,10 +32,8 @@ def identity_of(data: ImageData) -> str:
     """What tells a set of images from another: how many they are, their labels, and up to 16 images themselves."""
     step = max(len(data) // 16, 1)
     some = data.subset(torch.arange(0, len(data), step)[:16]).images
-    digest = hashlib.sha256(f"{len(data)} {tuple(some.shape)}".encode())
-    for tensor in (some, *([] if data.labels is None else [data.labels])):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    labels = {} if data.labels is None else {"labels": data.labels}
+    return digest_of({f"{len(data)} of {tuple(some.shape)}": some, **labels})
 
 
 def decides(numbers: Tensor) -> Tensor:

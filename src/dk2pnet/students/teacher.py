@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dk2pnet.data.samples import Samples, any_split, array_samples, named_sample
 from dk2pnet.data.sources import load_test
 from dk2pnet.decompose.moments import CRITERIA, Moments
 from dk2pnet.deploy.latency import is_onnx
+from dk2pnet.digest import digest_of
 from dk2pnet.errors import InputError
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Site
 from dk2pnet.networks.open import (
@@ -34,7 +36,6 @@ from dk2pnet.options import CompressOptions, ExploreOptions
 from dk2pnet.run.run import Run
 from dk2pnet.students.tuning_steps import Tuning, tuning_of
 from dk2pnet.tasks import can_be, check_task, guess, is_uncertain
-from dk2pnet.training.checkpoint import digest_of
 
 __all__ = ["Teacher", "check_for_onnx"]
 
@@ -96,7 +97,7 @@ class Teacher:
             raise InputError(
                 f"{what} needs images and none were given; give --data, or use --criterion weight --epochs 0"
             )
-        held, task, unsure = None, None, False
+        held, unsure = None, ""
         if samples is not None:
             held = network.predict(samples.held_out, run)
             if (where := held.infinite()) is not None:
@@ -104,13 +105,11 @@ class Teacher:
                     f"the network's outputs are not finite on the held-out samples{where}; "
                     "check the weights, and the normalisation of images"
                 )
-            if options.task is not None:
-                check_task(options.task, held)
-            known = training is not None and held.shapes() == [(_classes(training),)]
-            task = network.task = held.task = options.task or ("classify" if known else guess(held))
-            unsure = not known and options.task is None and task == "classify" and is_uncertain(held)
-            if training is not None and task == "classify":
+            network.task, unsure = _task_of(held, training, options.task)
+            held.task = network.task
+            if training is not None and held.task == "classify":
                 warn_of_other_classes(training, held.outputs)
+        task = network.task
         criterion = options.criterion or (network.default_criterion if task in (None, "classify") else "response")
         if criterion == "loss" and held is not None and task != "classify":
             shapes = " and ".join(str((1, *shape)) for shape in held.shapes())
@@ -131,12 +130,7 @@ class Teacher:
         random = random_weights(model, options.weights)
         if random:
             _log.warning("%s", random)
-        notes = [said for said in (random, *network.caveats, tuning.said) if said]
-        if held is not None and unsure:
-            notes.append(
-                f"the {held.shapes()[0][0]} numbers that the network gives for an image are taken for scores of "
-                "classes; if they are something else, say so (--task regress, embed or multilabel)"
-            )
+        notes = [said for said in (random, *network.caveats, tuning.said, unsure) if said]
         return cls(network, samples, held, sites, criterion, tuning, learner, named, options, notes)
 
     @property
@@ -158,10 +152,26 @@ class Teacher:
         """What tells the network and the samples of this run from others: their names may stay while they change."""
         found = self.network.digests()
         if self.samples is not None:
-            each = [_digest_of_batch(self.samples.first)]
-            each += [_digest_of_batch(x) for x, _ in self.samples.held_out]  # a fifth of all, evenly spread
-            found["digest_of_images"] = digest_of({"batches": torch.tensor(list("".join(each).encode()))})
+            # The first batch, and a fifth of all, evenly spread; one after the other, as they need not fit into memory.
+            digests = (_digest_of_batch(x) for x in chain([self.samples.first], (x for x, _ in self.samples.held_out)))
+            found["digest_of_images"] = digest_of({digest: torch.empty(0) for digest in digests})
         return found
+
+
+def _task_of(held: Predictions, training: ImageData | None, given: str | None) -> tuple[str, str]:
+    """What the answers are for, and what is to be said where that rests on little."""
+    if given is not None:
+        check_task(given, held)
+        return given, ""
+    if training is not None and held.shapes() == [(_classes(training),)]:
+        return "classify", ""
+    found = guess(held)
+    if found != "classify" or not is_uncertain(held):
+        return found, ""
+    return found, (
+        f"the {held.shapes()[0][0]} numbers that the network gives for an image are taken for scores of classes; if "
+        "they are something else, say so (--task regress, embed or multilabel)"
+    )
 
 
 def _digest_of_batch(x: Any) -> str:

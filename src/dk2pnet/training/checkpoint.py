@@ -17,13 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from dk2pnet.errors import InputError
 
-__all__ = ["Checkpoints", "digest_of"]
+__all__ = ["Checkpoints"]
 
 _NAME = re.compile(r"step-(\d{9})-([0-9a-f]{16})\.safetensors")
 _FORMAT = 1
@@ -127,18 +126,6 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """What tells other tensors apart (a network's ``state_dict()``, images), 16 characters."""
-    digest = hashlib.sha256()
-    for name, value in tensors.items():
-        digest.update(name.encode())
-        if isinstance(value, Tensor) and not value.is_quantized:
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:  # extra state of a module of the network's own
-            digest.update(repr(value).encode())
-    return digest.hexdigest()[:16]
 
 
 def _short(value: Any) -> str:

@@ -18,13 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dk2pnet.data import Batches
 from dk2pnet.decompose.whiten import Whitening
+from dk2pnet.digest import digest_of
 from dk2pnet.errors import InputError
 from dk2pnet.layer import set_fast_form
 from dk2pnet.measure import evaluation, in_layout, is_classifier, kept_modes, layout_of, outputs_of, use_form
 from dk2pnet.options import PRECISIONS, Options, TrainOptions
 from dk2pnet.processes import is_alone
 from dk2pnet.run.seed import random_state, set_random_state
-from dk2pnet.training.checkpoint import Checkpoints, digest_of
+from dk2pnet.training.checkpoint import Checkpoints
 from dk2pnet.training.hints import HintPair, Tap, find_pairs, parse_hints
 from dk2pnet.training.log import TrainingLog
 from dk2pnet.training.losses import DEFAULT_METHOD, Method, distillation, labels, method_named

@@ -24,14 +24,15 @@ from dk2pnet.decompose.moments import Moments
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.deploy.quantize import quantize_onnx
+from dk2pnet.digest import digest_of
 from dk2pnet.errors import InputError, first_line
 from dk2pnet.layer import DKConv2d
 from dk2pnet.networks.network import Corrections, Settings, Solution
-from dk2pnet.networks.onnx.answers import check_repeats, comparable, proven
 from dk2pnet.networks.onnx.gather import gather_onnx
 from dk2pnet.networks.onnx.graph import OnnxGraph
 from dk2pnet.networks.onnx.learner import OnnxLearner
 from dk2pnet.networks.onnx.probe import probe
+from dk2pnet.networks.onnx.proof import check_repeats, comparable, proven
 from dk2pnet.networks.onnx.read import read_onnx
 from dk2pnet.networks.onnx.rewrite import rewrite
 from dk2pnet.networks.onnx.runner import shapes_of, tensors_of
@@ -39,7 +40,6 @@ from dk2pnet.networks.onnx.sites import OnnxSite, apply_keep
 from dk2pnet.networks.onnx.walk import Unsuitable, layer_of, reconstruct_onnx, with_bias
 from dk2pnet.plan import Plan
 from dk2pnet.run.run import Run
-from dk2pnet.training.checkpoint import digest_of
 
 __all__ = ["OnnxNetwork"]
 

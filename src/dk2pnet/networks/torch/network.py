@@ -29,6 +29,7 @@ from dk2pnet.deploy.emit import plain_model
 from dk2pnet.deploy.export import check_onnx, export_onnx, onnx_bytes
 from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.deploy.quantize import quantize_onnx
+from dk2pnet.digest import digest_of
 from dk2pnet.errors import InputError, Refused, first_line
 from dk2pnet.layer import DKConv2d, set_fast_form, set_form
 from dk2pnet.measure import evaluation, macs, parameters
@@ -49,7 +50,6 @@ from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.plan import Plan
 from dk2pnet.run.run import Run
 from dk2pnet.tasks import squared_error
-from dk2pnet.training.checkpoint import digest_of
 from dk2pnet.training.recipe import Recipe
 from dk2pnet.training.trainer import TUNING, TrainingOptions
 
