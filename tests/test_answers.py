@@ -1,5 +1,8 @@
 """What networks answer: kept batch by batch, samples first, on disk where they are many."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dk2pnet import answers
-from dk2pnet.answers import Predictions, class_numbers, predict
+from dk2pnet.answers import Predictions, class_numbers, in_pairs, predict
 from dk2pnet.errors import InputError
 from dk2pnet.measure import evaluation, layout_of
 from dk2pnet.tasks import compare, divergence
@@ -65,6 +68,42 @@ def test_what_is_too_much_for_memory_is_read_again_from_disk(monkeypatch):
     for _ in range(2):
         assert [count for count, _ in found.parts()] == [4, 4, 4]
     assert divergence(whole, found) == divergence(found, whole) == 0
+
+
+@pytest.mark.parametrize("task", ["dense", "regress"])
+def test_large_batches_are_compared_part_by_part(monkeypatch, task):
+    torch.manual_seed(0)
+    maps, near = torch.randn(9, 2, 4, 4), torch.randn(9, 2, 4, 4)
+    wholes = [Predictions([each], task=task) for each in (maps, near)]
+    wanted = compare(*wholes)
+    monkeypatch.setattr(answers, "_PART", 2 * 2 * 4 * 4 * 4 * 2)  # two samples of each of the two
+    seen = [(count, ours[0].shape[0], theirs[0].shape[0]) for count, ours, theirs in in_pairs(*wholes)]
+    assert seen == [(2, 2, 2)] * 4 + [(1, 1, 1)]
+    for a, b in zip(compare(*(Predictions([each], task=task) for each in (maps, near))), wanted, strict=True):
+        assert a is b is None or torch.allclose(a, b, rtol=1e-12)
+    other = Predictions([torch.zeros(9, 3)], task=task)  # whatever its shape: parts are of the same samples
+    assert compare(wholes[0], other).errors.shape == (1, 9)
+
+
+_GROWTH = """
+import torch, psutil
+from dk2pnet import answers
+from dk2pnet.tasks import compare
+torch.set_num_threads(1)
+answers.KEPT = 0
+sets = [answers.Predictions(task="dense") for _ in range(2)]
+before = psutil.Process().memory_info().rss
+for each in sets:
+    for batch in range(60):
+        each.add([torch.randn(2, 21, 112, 112)], 2)
+compare(*sets)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_maps():
+    found = subprocess.run([sys.executable, "-c", _GROWTH], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 2**27  # a batch is 2 MiB, all of the two sets 241; without `Trimmer` it is 370 MiB
 
 
 def test_a_disk_that_is_full_is_said(monkeypatch):

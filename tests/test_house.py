@@ -12,6 +12,7 @@ FLOORS = (
         "plan",
         "modules",
         "measure",
+        "memory",
         "answers",
         "digest",
         "tasks",

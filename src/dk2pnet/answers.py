@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from dk2pnet.errors import InputError
 from dk2pnet.measure import evaluation, layout_of, outputs_of
+from dk2pnet.memory import Trimmer
 
-__all__ = ["Predictions", "class_numbers", "predict"]
+__all__ = ["Predictions", "class_numbers", "in_pairs", "predict"]
 
 # Bytes of answers to one set of samples that stay in memory: a thousand images of a thousand classes are 4 MB, two
-# hundred maps of 21 classes at 224 x 224 are 840.
-KEPT = 2**28
+# hundred maps of 21 classes at 224 x 224 are 840. Of three sets at once: the teacher's and two students'.
+KEPT = 2**26
+_PART = 2**24  # bytes of answers that are compared at once, in float64 and with several results of each step
 
 
 class Predictions:
@@ -49,6 +51,7 @@ class Predictions:
         self._file: IO[bytes] | None = None
         self.added: list[list[Tensor | None]] = []  # by batch and output: see `_added`
         self.known: dict[str, Tensor] = {}  # what `tasks` finds out of them, and needs more than once
+        self._trimmer = Trimmer()
         if outputs:
             self.add(outputs, len(outputs[0]), labels)
 
@@ -62,10 +65,12 @@ class Predictions:
         self._shapes.append([each.shape if good else None for each, good in zip(row, numbers, strict=True)])
         self.counts.append(samples)
         self._labels += [] if labels is None else [labels.cpu()]
-        self._bytes += sum(each.nbytes for each, good in zip(row, numbers, strict=True) if good)
+        size = sum(each.nbytes for each, good in zip(row, numbers, strict=True) if good)
+        self._bytes += size
         if self._bytes > KEPT:
             row = [self._written(each) if good else each for each, good in zip(row, numbers, strict=True)]
         self._rows.append(row)
+        self._trimmer.passed(size)
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -81,21 +86,26 @@ class Predictions:
         """Of all samples, where all have some."""
         return torch.cat(self._labels) if self._labels and len(self._labels) == len(self.counts) else None
 
-    def parts(self) -> Iterator[tuple[int, list[Any]]]:
+    def batches(self) -> Iterator[tuple[int, list[Any]]]:
         """How many samples a batch has, and what was answered to it."""
         moved = self.moved
         for count, row in zip(self.counts, self._rows, strict=True):
             found = [self._read(each) if isinstance(each, int) else each for each in row]
-            yield (
-                count,
-                [np.moveaxis(each, 1, 0) if second else each for each, second in zip(found, moved, strict=True)],
-            )
+            found = [np.moveaxis(each, 1, 0) if second else each for each, second in zip(found, moved, strict=True)]
+            self._trimmer.passed(_bytes(found))
+            yield count, found
+
+    def parts(self) -> Iterator[tuple[int, list[Any]]]:
+        """The same of parts of batches, where they are large."""
+        for count, row in self.batches():
+            for part in _cuts(count, row):
+                yield part.stop - part.start, _rows(row, part, count)
 
     @property
     def outputs(self) -> list[Tensor]:
         """All batches together; `InputError` where they do not fit together."""
         found = []
-        for name, arrays in zip(self.names, zip(*(row for _, row in self.parts()), strict=True), strict=True):
+        for name, arrays in zip(self.names, zip(*(row for _, row in self.batches()), strict=True), strict=True):
             if not all(isinstance(each, np.ndarray) and each.dtype.kind in "fiub" for each in arrays):
                 raise InputError(f"the output {name!r} is no tensor of numbers, of which nothing can be said")
             if len({each.shape[1:] for each in arrays}) > 1 or any(each.ndim == 0 for each in arrays):
@@ -131,8 +141,8 @@ class Predictions:
 
     def infinite(self) -> str | None:
         """None where outputs are finite (of outputs with names: in part), else where they are not, or ""."""
-        for name, arrays in zip(self.names, zip(*(row for _, row in self.parts()), strict=True), strict=True):
-            for each in arrays:
+        for _, row in self.batches():
+            for name, each in zip(self.names, row, strict=True):
                 if isinstance(each, np.ndarray) and each.size and each.dtype.kind == "f":
                     finite = np.isfinite(each)
                     if not (finite.any() if self.given_names else finite.all()):
@@ -156,6 +166,31 @@ class Predictions:
         assert self._file is not None
         self._file.seek(at)
         return np.load(self._file, allow_pickle=False)
+
+
+def in_pairs(teacher: Predictions, student: Predictions) -> Iterator[tuple[int, list[Any], list[Any]]]:
+    """How many samples a part has, and what the two answered to them; parts as of `Predictions.parts`."""
+    if teacher.counts != student.counts:
+        raise ValueError(f"answers to batches of {teacher.counts} and of {student.counts} samples cannot be compared")
+    for (count, ours), (_, theirs) in zip(teacher.batches(), student.batches(), strict=True):
+        for part in _cuts(count, ours + theirs):
+            yield part.stop - part.start, _rows(ours, part, count), _rows(theirs, part, count)
+
+
+def _bytes(row: Sequence[Any]) -> int:
+    return sum(each.nbytes for each in row if isinstance(each, np.ndarray))
+
+
+def _cuts(count: int, row: Sequence[Any]) -> Iterator[slice]:
+    """Parts of the samples whose answers are little, where every output has one row for each sample."""
+    each_has_one = all(isinstance(each, np.ndarray) and each.shape[:1] == (count,) for each in row)
+    step = max(count * _PART // max(_bytes(row), _PART), 1) if each_has_one else count
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _rows(row: list[Any], part: slice, count: int) -> list[Any]:
+    return row if part == slice(0, count) else [each[part] for each in row]
 
 
 def _array(value: Any) -> Any:

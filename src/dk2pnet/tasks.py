@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dk2pnet.answers import Predictions, class_numbers
+from dk2pnet.answers import Predictions, class_numbers, in_pairs
 from dk2pnet.errors import InputError
 
 __all__ = [
@@ -197,7 +197,7 @@ def compare(teacher: Predictions, student: Predictions) -> Comparison:
     same: list[Tensor] = []
     energies = _energies(teacher, task)
     done = 0
-    for (count, ours), (_, theirs) in zip(_aligned(teacher, student), student.parts(), strict=True):
+    for count, ours, theirs in in_pairs(teacher, student):
         rows = []
         for number, (t, s) in enumerate(zip(ours, theirs, strict=True)):
             t, s = _compared(t, task), _compared(s, task)
@@ -320,12 +320,6 @@ def _of_labels(t: Tensor, s: Tensor, inside: bool) -> tuple[Tensor, Tensor]:
 
 _Classes = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 _CLASSES: Mapping[str, _Classes] = {"classify": _of_classes, "dense": _of_classes, "multilabel": _of_labels}
-
-
-def _aligned(teacher: Predictions, student: Predictions) -> Any:
-    if teacher.counts != student.counts:
-        raise ValueError(f"answers to batches of {teacher.counts} and of {student.counts} samples cannot be compared")
-    return teacher.parts()
 
 
 def _tensor(array: Any) -> Tensor:
