@@ -2,11 +2,14 @@
 
 import copy
 import errno
+import threading
+import time
 from types import SimpleNamespace
 
 import onnx
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 import dk2pnet
@@ -24,6 +27,7 @@ from dk2pnet.networks.torch import side_by_side
 from dk2pnet.networks.torch.sites import find_convolutions
 from dk2pnet.plan import LayerPlan, Plan
 from dk2pnet.run import out_folder as folders
+from dk2pnet.run import unfinished as run_unfinished
 from dk2pnet.run.unfinished import unfinished
 from dk2pnet.students import allocate as decomposition
 from dk2pnet.tasks import divergence
@@ -780,6 +784,31 @@ def test_two_runs_do_not_share_an_out(tmp_path):
     with pytest.raises(InputError, match=r"out exists"), unfinished(out, False, {"seed": 0}):
         pytest.fail("the work had begun")
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_third_run_does_not_slip_past_a_second_that_waited_for_the_first(tmp_path, monkeypatch):
+    """A lock file that the first one deletes is held by who waited for it, and made anew by who comes next."""
+    out, held, over = tmp_path / "out", threading.Event(), threading.Event()
+
+    def second(lock):
+        with lock.acquire(timeout=30):
+            held.set()
+            over.wait(30)
+
+    made = []
+    monkeypatch.setattr(run_unfinished, "FileLock", lambda path: made.append(FileLock(path)) or made[-1])
+    with unfinished(out, False, {"seed": 0}):
+        waiting = threading.Thread(target=second, args=[FileLock(made[0].lock_file)])
+        waiting.start()
+        time.sleep(0.3)
+    assert held.wait(30)
+    try:
+        with pytest.raises(InputError, match="another run is at work"), unfinished(out, False, {"seed": 0}):
+            pytest.fail("two at work")
+    finally:
+        over.set()
+        waiting.join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_somebody_else_is_not_taken_for_checkpoints(tmp_path):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -16,6 +20,8 @@ from dk2pnet.processes import is_main, wait
 from dk2pnet.run.out_folder import check_out, disk_message, named, write_json
 
 __all__ = ["keep_logs", "unfinished"]
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -47,24 +53,33 @@ def unfinished(out: str | Path, overwrite: bool, asked: Mapping[str, Any]) -> It
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """No other run is in the folder inside the block; a killed one gives it free."""
-    place = folder.with_name(f".{folder.name}.lock")
-    lock = FileLock(place)
+    """No other run of this machine is in the folder inside the block; a killed one gives it free.
+
+    The lock is never deleted (who waits for a deleted one holds another than who comes next), so it does not lie where
+    a user would find it, but in the machine's temporary folder.
+    """
+    lock = FileLock(_locks() / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise InputError(
             f"another run is at work in {folder}; wait until it has ended, or give another --out"
         ) from error
-    except (OSError, RuntimeError):
-        pass  # a file system without locks, or a place that cannot be written to, which is said when it is
+    except (OSError, RuntimeError) as error:  # a file system without locks
+        _log.warning("nothing keeps another run out of %s: %s", folder, error)
     try:
         yield
     finally:
         if lock.is_locked:
             lock.release()
-            with suppress(OSError):
-                place.unlink()
+
+
+def _locks() -> Path:
+    """A folder of this user's own, as another's file could not be opened."""
+    place = Path(tempfile.gettempdir()) / f"dk2pnet-locks-{getattr(os, 'getuid', int)()}"
+    with suppress(OSError):  # then the lock says so
+        place.mkdir(mode=0o700, exist_ok=True)
+    return place
 
 
 def _worth_keeping(folder: Path) -> bool:
