@@ -89,7 +89,7 @@ def graph_of(place: Path, shape: tuple[int, ...], layers: list[tuple[int, tuple[
 
 
 def one_dimensional(options: argparse.Namespace, place: Path) -> tuple[Any, Any, dict[str, Any]]:
-    widths = [(256, (512, 1), (4, 1)), *[(128, (64, 1), (1, 1))] * 3, (256, (64, 1), (1, 1)), (512, (64, 1), (1, 1))]
+    widths = [(256, (512, 1), (4, 1)), *[(64, (64, 1), (1, 1))] * 4, (256, (64, 1), (1, 1))]
     return graph_of(place, (100, 1, 1024, 1), widths), str(place / "inputs.npz"), {}
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dk2pnet import InputError
+from dk2pnet import InputError, compress
 from dk2pnet.options import CompressOptions
 from dk2pnet.run.run import Run
+from dk2pnet.students.closed_form import ClosedForm
 from dk2pnet.students.teacher import Teacher
 
 
@@ -30,6 +31,14 @@ def test_a_layer_whose_statistics_do_not_fit_stays_dense(caplog):
     for options in ({"memory": 1.0}, {"memory": 0.5, "criterion": "weight"}):
         teacher = Teacher.open(wide(), X, CompressOptions(tune=0, **options), Run())
         assert list(teacher.open_sites) == ["0", "2"]
+
+
+def test_a_budget_that_asks_for_more_memory_says_so_before_anything_is_gathered(monkeypatch):
+    monkeypatch.setattr(ClosedForm, "_gather", lambda self: pytest.fail("gathered"))
+    with pytest.raises(InputError, match=r"macs=0.1 cannot be reached: .*, or more --memory than 0.5: 2 ask for it$"):
+        compress(wide(), X, "macs=0.1", memory=0.5, tune=0)
+    with pytest.raises(InputError, match=r"params=0.001 cannot be reached: .*; give at least that$"):
+        compress(wide(), X, "params=0.001", tune=0)
 
 
 def test_where_none_fits_that_is_the_reason():

@@ -12,12 +12,13 @@ from dk2pnet.decompose.select import Candidate, cheapest, select, uniform
 from dk2pnet.decompose.solve import Factors, Problem, solve_many, spectrum
 from dk2pnet.errors import TooSmall
 from dk2pnet.networks.network import Site
+from dk2pnet.networks.patches import geometry_of
 from dk2pnet.plan import Budget, LayerPlan, Plan
 from dk2pnet.run.progress import Progress
 from dk2pnet.students.moments_store import MomentStore
-from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.teacher import TOO_LARGE, Teacher
 
-__all__ = ["candidates_of", "energies_of", "make_plan", "solve_layers", "spend"]
+__all__ = ["candidates_of", "check_reachable", "energies_of", "make_plan", "solve_layers", "spend"]
 
 # Layers whose A is larger than this are solved one at a time.
 _LARGE = 16 * 2**20
@@ -68,19 +69,34 @@ def spend(
     total_parameters: int,
 ) -> dict[str, Tensor | None]:
     """Kernels per channel for every convolution that can be decomposed."""
-    in_macs = budget.kind != "params"
     candidates = candidates_of(budget, sites, energies)
     if budget.kind == "kernels":
         return uniform(candidates, int(budget.value))
-    total = total_macs if in_macs else total_parameters
-    fixed = total - sum(candidate.dense_cost for candidate in candidates.values())
-    least = cheapest(candidates) + fixed
+    total = total_parameters if budget.kind == "params" else total_macs
+    return select(candidates, budget.value * total - _fixed(candidates, total))
+
+
+def check_reachable(budget: Budget, teacher: Teacher) -> None:
+    """`TooSmall` where one kernel in every layer that can be decomposed costs more; before anything is gathered."""
+    if budget.kind not in ("macs", "params"):
+        return
+    total = teacher.network.parameters if budget.kind == "params" else teacher.network.macs
+    shapes = {name: geometry_of(site.conv) for name, site in teacher.open_sites.items()}
+    one = {name: torch.zeros(groups, inputs, 1) for name, (groups, inputs, _) in shapes.items()}
+    candidates = candidates_of(budget, teacher.open_sites, one)
+    least = cheapest(candidates) + _fixed(candidates, total)
     if budget.value * total < least:
+        large = [site.name for site in teacher.sites if site.reason.startswith(TOO_LARGE)]
         raise TooSmall(
             f"budget {budget} cannot be reached: one kernel in every layer that can be decomposed gives "
             f"{budget.kind}={_round_up(least / total)}; give at least that"
+            + (f", or more --memory than {teacher.options.memory:g}: {', '.join(large)} ask for it" if large else "")
         )
-    return select(candidates, budget.value * total - fixed)
+
+
+def _fixed(candidates: Mapping[str, Candidate], total: int) -> float:
+    """The cost of what stays dense."""
+    return total - sum(candidate.dense_cost for candidate in candidates.values())
 
 
 def _round_up(value: float) -> str:

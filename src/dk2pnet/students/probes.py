@@ -12,6 +12,7 @@ from dk2pnet.errors import first_line
 from dk2pnet.networks.network import Network
 from dk2pnet.plan import Budget
 from dk2pnet.run.run import Run
+from dk2pnet.students.allocate import check_reachable
 from dk2pnet.students.closed_form import ClosedForm, Solved, solved_once
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning import Tuner
@@ -69,6 +70,7 @@ class Prober:
 
     def make(self, budget: Budget, folder: Path | None = None) -> Probe:
         """The student of a budget; `folder` keeps it in place of one named after the budget."""
+        check_reachable(budget, self.teacher)
         if folder is None and self.folder is not None:
             folder = self.folder / "probes" / str(budget)
 

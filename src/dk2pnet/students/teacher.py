@@ -37,8 +37,9 @@ from dk2pnet.run.run import Run
 from dk2pnet.students.tuning_steps import Tuning, tuning_of
 from dk2pnet.tasks import can_be, check_task, guess, is_uncertain
 
-__all__ = ["Teacher", "check_for_onnx"]
+__all__ = ["TOO_LARGE", "Teacher", "check_for_onnx"]
 
+TOO_LARGE = "its statistics take"  # why a layer stays dense
 _ALWAYS_FITS = 2**26  # bytes of statistics of one layer
 
 _log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def _leave_what_does_not_fit(sites: list[Any], criterion: str, memory: float) ->
         groups, inputs, outputs = geometry_of(site.conv)
         needed = Moments.bytes_needed(groups, inputs, outputs if needs_gradients else None)
         if needed > max(memory * 2**30, _ALWAYS_FITS):
-            site.reason = f"its statistics take {needed / 2**30:.1f} GiB, more than --memory {memory:g}"
+            site.reason = f"{TOO_LARGE} {needed / 2**30:.1f} GiB, more than --memory {memory:g}"
             _log.warning("%s stays dense: %s", site.name, site.reason)
 
 
