@@ -1,4 +1,4 @@
-"""Gives freed memory back to the machine.
+"""What ``--memory`` is spent on, and freed memory given back to the machine.
 
 glibc keeps the pages of arrays that were freed, and does not use many of them again for PyTorch's, which it has to
 align: passes over batches of large maps grew a process by a gigabyte while a few megabytes were in use.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import sys
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-__all__ = ["Trimmer", "give_back"]
+__all__ = ["Shares", "Trimmer", "give_back"]
 
 _EVERY = 2**24  # bytes of arrays that come and go before their pages are given back; it takes milliseconds
 
@@ -32,6 +33,54 @@ def give_back() -> None:
     """Give the pages of what was freed back, where the C library keeps them."""
     if (trim := _trim()) is not None:
         trim(0)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Bytes of a bound: what is in memory at one time is no more than the whole, beside the network itself, its maps of
+    one batch, and what tuning takes.
+
+    While statistics are gathered: images and statistics. While a layer is solved: images, statistics that are kept, a
+    layer. While layers are reconstructed: images, statistics that are kept, maps and samples (`ways`, half of them
+    each), and the matrices of the layers for which there are samples enough, which are small then.
+    """
+
+    total: int
+
+    @classmethod
+    def of(cls, gib: float) -> Shares:
+        """Of ``--memory``."""
+        return cls(int(gib * 2**30))
+
+    @property
+    def images(self) -> int:
+        """Images that are kept: decoded ones, or a user's own."""
+        return self.total // 4
+
+    @property
+    def statistics(self) -> int:
+        """Of layers that are gathered in one pass."""
+        return self.total // 2
+
+    @property
+    def kept(self) -> int:
+        """Of statistics that stay in memory until all is done; further ones go to disk."""
+        return self.total // 8
+
+    @property
+    def layer(self) -> int:
+        """Of the matrices of one layer while it is solved."""
+        return self.total // 2
+
+    @property
+    def batch(self) -> int:
+        """Of the maps of one batch, where its size is chosen here."""
+        return self.total // 4
+
+    @property
+    def ways(self) -> int:
+        """Of maps that are kept on their way through both networks, and of samples taken from them."""
+        return self.total // 2
 
 
 class Trimmer:

@@ -234,9 +234,9 @@ class _Decompose(_Augmented, _Named):
     )
     memory: float = above(
         0,
-        2.0,
-        "GiB for statistics of the layers, for images that are kept, and for maps in the reconstruction, each; "
-        "networks and single batches come on top. A layer whose statistics alone are more stays dense.",
+        4.0,
+        "GiB for all that is kept: statistics of the layers, images, maps in the reconstruction. The networks "
+        "themselves, one batch and tuning come on top. A layer that asks for more than half of it stays dense.",
     )
     rebuild: bool = option(
         True,

@@ -112,6 +112,28 @@ def test_a_first_axis_that_is_open_but_takes_one_at_a_time(tmp_path):
     assert result.metrics["student"]["agreement"] == 100.0
 
 
+def test_no_more_samples_at_once_than_a_quarter_of_the_memory_holds(tmp_path, monkeypatch):
+    path = save(small(channels=(3, 8, 16)), tmp_path)
+    np.savez(tmp_path / "in.npz", x=weights(20, 3, 9, 9))
+    sizes = []
+    predict = OnnxNetwork.predict
+
+    def watched(self, batches, *rest):
+        sizes.append([len(x) for x, _ in batches])
+        return predict(self, batches, *rest)
+
+    monkeypatch.setattr(OnnxNetwork, "predict", watched)
+    read = 4 * (3 * 9 * 9 + 8 * 9 * 9) / 2**30  # GiB that the two convolutions read of a sample
+    errors = []
+    for memory, at_once in ((1.0, 4), (15.9 * read, 3), (read, 1)):
+        sizes.clear()
+        options = {"memory": memory, "rebuild": False, "tune": 0, "threads": 1}
+        found = pipeline.compress(path, str(tmp_path / "in.npz"), "macs=0.7", **options)
+        assert max(map(max, sizes)) == at_once
+        errors.append(found.metrics["student"]["relative_error"])
+    assert errors == pytest.approx(errors[:1] * 3, rel=0.1)  # biases are corrected on fewer samples
+
+
 def test_whole_numbers_are_judged_by_what_they_come_from(tmp_path):
     made = rank_one(small(channels=(3, 8, 16)))
     made.graph.node.append(helper.make_node("ArgMax", ["y"], ["class"], axis=1))

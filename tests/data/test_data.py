@@ -420,7 +420,7 @@ def test_large_crops_are_mirrored_only_if_natural(tmp_path):
 
 
 def test_kept_large_images_are_the_same_and_decoded_once(tmp_path, monkeypatch):
-    data, kept, asked = large(tmp_path), large(tmp_path).kept(), []
+    data, kept, asked = large(tmp_path), large(tmp_path).kept(2**29), []
     assert kept.in_memory
     real = module._from_workers
     monkeypatch.setattr(module, "_from_workers", lambda *args: asked.append(1) or real(*args))
@@ -438,10 +438,10 @@ def test_kept_large_images_are_the_same_and_decoded_once(tmp_path, monkeypatch):
     assert not data.in_memory  # which is left as it was
 
 
-def test_more_than_fits_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_KEPT_BYTES", 5 * 3 * 70 * 70 - 1)
-    assert not large(tmp_path).kept().in_memory
-    assert large(tmp_path).subset([0, 1]).kept().in_memory
+def test_more_than_fits_is_not_kept(tmp_path):
+    memory = 5 * 3 * 70 * 70 - 1
+    assert not large(tmp_path).kept(memory).in_memory
+    assert large(tmp_path).subset([0, 1]).kept(memory).in_memory
 
 
 def test_large_images_shrunk_to_small_ones_are_kept(tmp_path, decoded):

@@ -87,6 +87,9 @@ class Listed:
     def one_at_a_time(self):
         return False
 
+    def fit(self, memory):
+        return False
+
     def arrays(self, path):
         raise NotImplementedError
 

@@ -45,7 +45,6 @@ _DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}  # names of data sets
 SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
 
 _SOME = 16  # images that are looked at for colour
-_KEPT_BYTES = 2**29  # of large images that `ImageData.kept` decodes once
 _AT_ONCE = 32  # of them decoded by a worker at once
 _CHUNK = 512  # rows read from a data set at once
 
@@ -293,15 +292,15 @@ class ImageData:
         """Whether images are decoded once and kept."""
         return self._rows is None or self._keep or max(self.size) <= SMALL
 
-    def kept(self) -> ImageData:
-        """The same images, large ones too decoded only once if they fit into memory.
+    def kept(self, memory: float) -> ImageData:
+        """The same images, large ones too decoded only once if they fit into `memory` bytes.
 
         For images that many passes see. A random part of them is cut out of what is kept, no longer of the original.
         """
         if self.in_memory:
             return self
         same = self.subset(torch.arange(len(self)))
-        same._keep = len(self) * self.channels * math.prod(self.size) <= _KEPT_BYTES
+        same._keep = len(self) * self.channels * math.prod(self.size) <= memory
         return same
 
     @property

@@ -23,6 +23,7 @@ from dk2pnet.data.splits import UserBatches, calibration_split, decides, part_of
 from dk2pnet.errors import InputError
 
 __all__ = [
+    "AT_ONCE",
     "Batch",
     "Batches",
     "Batching",
@@ -38,7 +39,7 @@ __all__ = [
 
 Batch = tuple[Any, Tensor | None]  # inputs (a tensor (B, C, H, W) or a `Feed`) and labels
 Batches = Iterable[Batch]
-_MOST = 8  # samples at once of a network that takes arrays and leaves it open: more gain nothing on a CPU
+AT_ONCE = 8  # samples at once of a network that takes arrays and leaves it open: more gain nothing on a CPU
 _log = logging.getLogger(__name__)
 
 
@@ -94,8 +95,10 @@ def named_samples(
     holdout_split: str | None = None,
     calibration: ImageData | None = None,
     batching: Batching = Batching(),
+    memory: float = 2**30,
 ) -> Samples:
-    """From the splits of a data set; `count` calibration images of nine tenths of the training split.
+    """From the splits of a data set; `count` calibration images of nine tenths of the training split, decoded once
+    where they fit into `memory` bytes.
 
     The other tenth decides on budgets in points, or else `holdout`, or the part of a split that `holdout_split` names,
     which is then left out of that split. With `calibration` the calibration images are nine tenths of those, whatever
@@ -130,7 +133,8 @@ def named_samples(
     if calibration is not None:
         norm.check(calibration.channels)
     source = kept if calibration is None else split_training(calibration)[0]
-    gather, held_out = (each.kept() for each in calibration_split(source, count))
+    gather, held_out = calibration_split(source, count)
+    gather, held_out = gather.kept(memory * 4 / 5), held_out.kept(memory / 5)
     size = batching.size
     if batching.fixed and size and min(len(gather), len(held_out)) < size:
         raise InputError(
@@ -215,7 +219,7 @@ def array_samples(arrays: Arrays, count: int, batching: Batching) -> Samples:
     held = decides(torch.arange(len(chosen)))
     parts = [chosen[~held].tolist(), chosen[held].tolist()]
     fixed = 1 if arrays.stacked else batching.size if batching.fixed else None
-    batch = fixed or min(_MOST, max(len(parts[1]), 1))
+    batch = fixed or min(batching.size or AT_ONCE, max(len(parts[1]), 1))
     if fixed:
         parts = [part[: len(part) // batch * batch] for part in parts]
     if min(map(len, parts)) == 0:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Moments"]
+__all__ = ["BLOCK", "CRITERIA", "Moments"]
 
 # Rows of a triangle that are multiplied at once: a product of equal matrices is symmetric, half of it is enough.
-_BLOCK = 1024
+BLOCK = 1024
 
 # What a criterion needs: moments of the inputs (A), and gradients at the outputs (B).
 CRITERIA = {"weight": (False, False), "response": (True, False), "loss": (True, True)}
@@ -47,6 +47,12 @@ class Moments:
         """Memory of the sums and of the float32 product that is added to them."""
         return groups * (inputs * inputs + (outputs or 0) ** 2) * (8 + 4)
 
+    @property
+    def bytes(self) -> int:
+        """Of the sums."""
+        parts = [part for part in (self.input_sum, self.mean_sum, self.output_sum) if part is not None]
+        return sum(part.numel() * part.element_size() for part in parts)
+
     def add_patches(self, patches: Tensor) -> None:
         """Add input patches ``(n, G, C q)``: products in float32, summed in float64."""
         if patches.dtype.itemsize < 4:  # sums of squares leave the range of float16
@@ -54,8 +60,8 @@ class Moments:
         by_group = patches.detach().transpose(0, 1)
         for group, rows in enumerate(by_group):
             total = self.input_sum[group]
-            for start in range(0, rows.shape[1], _BLOCK):
-                stop = min(start + _BLOCK, rows.shape[1])
+            for start in range(0, rows.shape[1], BLOCK):
+                stop = min(start + BLOCK, rows.shape[1])
                 product = (rows[:, start:stop].T @ rows[:, start:]).to(total)
                 total[start:stop, start:] += product
                 total[stop:, start:stop] += product[:, stop - start :].T

@@ -160,6 +160,11 @@ def diagonal_blocks(A: Tensor, C: int, q: int) -> Tensor:
     return A.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
+def _together(parts: list[Tensor]) -> Tensor:
+    """Along the first axis; one alone, which may be large, is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _root(B: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(B.detach().to("cpu", torch.float64))
     return (vectors * values.clamp_min(0).sqrt().unsqueeze(1)) @ vectors.transpose(1, 2)
@@ -181,7 +186,7 @@ def _solve_stack(problems: Sequence[Problem], damping: float, sweeps: int, toler
         A = torch.eye(C * q, dtype=W.dtype).expand(G, -1, -1).contiguous().view(G, C, q, C, q)
         target = W
     elif problems[0].A is not None:
-        A = torch.cat([damped(problem.A, C, q, damping) for problem in problems if problem.A is not None])
+        A = _together([damped(problem.A, C, q, damping) for problem in problems if problem.A is not None])
         if problems[0].target is None:
             target = (W.flatten(2) @ A.view(G, C * q, C * q)).view_as(W)
         else:

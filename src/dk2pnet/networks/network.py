@@ -173,6 +173,10 @@ class Network(Protocol):
         """Take one sample at a time from now on; False where that is so already, or never helps."""
         ...
 
+    def fit(self, memory: int) -> bool:
+        """Take no more samples at once than `memory` bytes hold the maps of; True where these are fewer than before."""
+        ...
+
     def arrays(self, path: str) -> Arrays:
         """The arrays of an ``.npz`` file, one for each input."""
         ...

@@ -61,12 +61,17 @@ def patches_of(conv: nn.Conv2d, x: Tensor, images: int, first: int, positions: i
         yield input_patches(conv, x[part], index[part], positions, seed)
 
 
-def in_groups(convolutions: Mapping[str, nn.Conv2d], memory: int, gradients: bool = False) -> Iterator[list[str]]:
-    """Names of layers whose moments fit into `memory` bytes together, at least one at a time."""
+def in_groups(
+    convolutions: Mapping[str, nn.Conv2d],
+    memory: int,
+    gradients: bool = False,
+    maps: Mapping[str, int] | None = None,
+) -> Iterator[list[str]]:
+    """Names of layers whose moments, and `maps` (bytes of each), fit into `memory` bytes, at least one at a time."""
     group: list[str] = []
     total = 0
     for name, conv in convolutions.items():
-        size = _bytes_needed(conv, gradients)
+        size = _bytes_needed(conv, gradients) + (maps[name] if maps is not None else 0)
         if group and total + size > memory:
             yield group
             group, total = [], 0

@@ -20,6 +20,7 @@ from dk2pnet.decompose.moments import CRITERIA
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.decompose.whiten import Whitening
 from dk2pnet.errors import InputError
+from dk2pnet.memory import Shares
 from dk2pnet.networks.network import Network, NotLearnable, Settings, Solution
 from dk2pnet.plan import Budget, Plan
 from dk2pnet.run.out_folder import disk_message, write_json
@@ -65,11 +66,11 @@ class ClosedForm:
     def __init__(self, teacher: Teacher, run: Run) -> None:
         self.teacher, self.run = teacher, run
         self.network, self.samples, self.criterion = teacher.network, teacher.samples, teacher.criterion
-        self.memory = int(teacher.options.memory * 2**30)
+        self.memory = Shares.of(teacher.options.memory)
         self.sites, self.open = teacher.sites, teacher.open_sites
         self.macs, self.parameters = self.network.macs, self.network.parameters
         self.energies: dict[str, Tensor] = {}
-        self.store = MomentStore()
+        self.store = MomentStore(self.memory.kept)
 
     def __enter__(self) -> ClosedForm:
         self.store.__enter__()
@@ -94,7 +95,7 @@ class ClosedForm:
                 self.energies = {name: energies_of(site, None, self.criterion) for name, site in self.open.items()}
             return
         assert self.samples is not None
-        groups = self.network.moments(self.open, self.samples, needs_gradients, self.memory, self.run)
+        groups = self.network.moments(self.open, self.samples, needs_gradients, self.memory.statistics, self.run)
         try:
             while (group := clock.time("moments", lambda: next(groups, None))) is not None:
                 for moments in group.values():
@@ -163,7 +164,7 @@ class ClosedForm:
                 student,
                 Solution(counts, factors),
                 self.samples,
-                Settings(reconstruct, self.memory),
+                Settings(reconstruct, self.memory.ways),
                 self.run,
             )
             judge = Judge(self.network, self.teacher.held, self.samples.held_out, self.run)

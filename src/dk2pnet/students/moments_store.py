@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +17,10 @@ __all__ = ["MomentStore"]
 
 
 class MomentStore:
-    """Maps names to `Moments`; a context manager that removes what it wrote."""
+    """Maps names to `Moments`, together up to `memory` bytes; a context manager that removes what it wrote."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: float = math.inf) -> None:
+        self.memory = memory
         self._memory: dict[str, Moments] = {}
         self._counts: dict[str, tuple[int, int]] = {}
         self._files: dict[str, Path] = {}
@@ -35,10 +37,12 @@ class MomentStore:
             self._folder.cleanup()
 
     def add_group(self, group: dict[str, Moments]) -> None:
-        """Keep a group of layers; all earlier ones go to disk, so that one group at a time is in memory."""
-        for name, moments in self._memory.items():
-            self._write(name, moments)
-        self._memory = dict(group)
+        """Keep a group of layers; all go to disk once they are more than the memory given."""
+        self._memory |= group
+        if self._files or sum(moments.bytes for moments in self._memory.values()) > self.memory:
+            for name, moments in self._memory.items():
+                self._write(name, moments)
+            self._memory = {}
 
     def __getitem__(self, name: str) -> Moments:
         if name in self._memory:

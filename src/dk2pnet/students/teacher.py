@@ -22,6 +22,7 @@ from dk2pnet.decompose.moments import CRITERIA, Moments
 from dk2pnet.deploy.latency import is_onnx
 from dk2pnet.digest import digest_of
 from dk2pnet.errors import InputError
+from dk2pnet.memory import Shares
 from dk2pnet.networks.network import Learner, Network, NotLearnable, Site
 from dk2pnet.networks.open import (
     described,
@@ -40,7 +41,8 @@ from dk2pnet.tasks import can_be, check_task, guess, is_uncertain
 __all__ = ["TOO_LARGE", "Teacher", "check_for_onnx"]
 
 TOO_LARGE = "its statistics take"  # why a layer stays dense
-_ALWAYS_FITS = 2**26  # bytes of statistics of one layer
+_ALWAYS_FITS = 2**26  # bytes of one layer
+_COPIES = 2  # of what its sums take, while it is solved: of A, damped, decomposed
 
 _log = logging.getLogger(__name__)
 
@@ -187,16 +189,18 @@ def _check_open(model: Any, sites: list[Any], layers: Mapping[str, Any]) -> None
 
 
 def _leave_what_does_not_fit(sites: list[Any], criterion: str, memory: float) -> None:
-    """Layers whose own statistics are more than `memory` GiB stay dense: kernels of hundreds of places, or thousands of
-    channels, would take the machine's."""
+    """Layers whose own matrices are more than their share of `memory` GiB stay dense: kernels of hundreds of places, or
+    thousands of channels, would take the machine's."""
     needs_samples, needs_gradients = CRITERIA[criterion]
     for site in sites:
         if site.reason or not needs_samples:
             continue
         groups, inputs, outputs = geometry_of(site.conv)
-        needed = Moments.bytes_needed(groups, inputs, outputs if needs_gradients else None)
-        if needed > max(memory * 2**30, _ALWAYS_FITS):
-            site.reason = f"{TOO_LARGE} {needed / 2**30:.1f} GiB, more than --memory {memory:g}"
+        needed = _COPIES * Moments.bytes_needed(groups, inputs, outputs if needs_gradients else None)
+        if needed > max(Shares.of(memory).layer, _ALWAYS_FITS):
+            site.reason = (
+                f"{TOO_LARGE} {needed / 2**30:.1f} GiB while it is solved, more than half of --memory {memory:g}"
+            )
             _log.warning("%s stays dense: %s", site.name, site.reason)
 
 
@@ -252,6 +256,12 @@ def _running(
         samples = _samples(network, training, data, options)
         assert samples is not None
         network.prepare(samples.first, options.input_size, run)
+    read_here = training is not None or isinstance(data, str)
+    if samples is not None and read_here and network.fit(Shares.of(options.memory).batch):
+        _log.info(
+            "samples are run by %d: the maps of more do not fit into a quarter of --memory", network.batching.size
+        )
+        samples = _samples(network, training, data, options)
     return network, samples, training
 
 
@@ -288,6 +298,7 @@ def _samples(
             holdout_split=options.holdout_split,
             calibration=elsewhere,
             batching=network.batching,
+            memory=Shares.of(options.memory).images,
         )
     if data is None:
         return None
@@ -302,7 +313,7 @@ def _samples(
                 raise InputError(f"{flag} is for images; the arrays in {data} are fed as they are: leave it away")
         return array_samples(network.arrays(data), count, network.batching)
     test_data = getattr(options, "test_data", None)
-    return user_samples(data, test_data, count, holdout, network.batching, options.memory * 2**30)
+    return user_samples(data, test_data, count, holdout, network.batching, Shares.of(options.memory).images)
 
 
 def _name(model: Any) -> str:

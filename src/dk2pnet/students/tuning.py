@@ -24,6 +24,7 @@ from dk2pnet.data.images import SMALL
 from dk2pnet.data.samples import Samples, spread
 from dk2pnet.data.tensors import TensorImages
 from dk2pnet.errors import Refused
+from dk2pnet.memory import Shares
 from dk2pnet.networks.network import Network
 from dk2pnet.run.out_folder import write_json
 from dk2pnet.run.run import Run
@@ -65,7 +66,7 @@ class Tuner:
         self.learner, self.samples, self.held = teacher.learner, teacher.samples, teacher.held
         self.judge = Judge(teacher.network, self.held, self.samples.held_out, run)
         self.source = Source(
-            self.learner.data(self.samples, teacher.options.memory * 2**30),
+            self.learner.data(self.samples, Shares.of(teacher.options.memory).images),
             teacher.named,
             self.learner.normalization,
             teacher.options.augment,

@@ -8,6 +8,7 @@ from onnx import helper
 from torch import nn
 
 from dk2pnet.data.arrays import Feed
+from dk2pnet.decompose.moments import Moments
 from dk2pnet.decompose.solve import solve
 from dk2pnet.deploy.export import onnx_bytes
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
@@ -73,6 +74,20 @@ def test_moments_are_those_of_the_same_network_in_pytorch(tmp_path):
             torch.testing.assert_close(found.mean_sum, expected[name].mean_sum, rtol=1e-5, atol=1e-4)
 
 
+def test_a_group_has_room_for_its_inputs_too(tmp_path):
+    network = deep(tmp_path)
+    sites = {site.name: site for site in network.sites if site.name != "c0"}
+    moments = Moments.bytes_needed(1, next(iter(sites.values())).conv.weight[0].numel(), None)
+
+    def groups(maps):
+        given = dict.fromkeys(sites, maps)
+        found = gather_onnx(network, sites, feeds(2), samples=2, maps=given, memory=4 * moments, threads=1)
+        return [len(group) for group in found]
+
+    assert sum(groups(0)) == len(sites)
+    assert groups(0)[0] > groups(moments)[0] == 2 > groups(4 * moments)[0] == 1
+
+
 def test_activations_that_are_not_finite(tmp_path):
     network = read_onnx(save(small(), tmp_path))
     batches = [Feed({"x": np.full((1, 3, 4, 4), np.inf, np.float32)})]
@@ -122,7 +137,7 @@ def test_the_sums_of_inputs_far_from_zero_keep_their_variance():
     sums = _Pair(nn.Conv2d(2, 4, 3, groups=2))
     for start, stop in ((0, 100), (100, 350), (350, 500)):
         sums.add(teacher[start:stop], student[start:stop])
-    mean_teacher, mean_student, square, cross = sums.centred()
+    mean_teacher, mean_student, square, cross = sums.centred(torch.eye(9, dtype=torch.double).expand(2, -1, -1))
     u, v = (side.double().transpose(0, 1) for side in (teacher, student))
     torch.testing.assert_close(mean_teacher, u.mean(1), rtol=1e-9, atol=0)
     torch.testing.assert_close(mean_student, v.mean(1), rtol=1e-9, atol=0)

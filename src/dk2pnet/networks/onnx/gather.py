@@ -26,6 +26,7 @@ def gather_onnx(
     batches: Iterable[Feed],
     *,
     samples: int,
+    maps: Mapping[str, int] | None = None,
     memory: int = 2 * 2**30,
     seed: int = 0,
     threads: int | None = None,
@@ -33,7 +34,8 @@ def gather_onnx(
 ) -> Iterator[dict[str, Moments]]:
     """`gather_moments` for an ONNX graph: the same sums, in groups of layers, each in one pass over `batches`.
 
-    `samples`: how many samples `batches` hold, which decides how many positions of each are enough.
+    `samples`: how many samples `batches` hold, which decides how many positions of each are enough; `maps`: bytes of
+    the inputs of each layer in a batch, which a group has in memory beside its sums.
 
     Raises
     ------
@@ -41,7 +43,7 @@ def gather_onnx(
         When an activation is not finite.
     """
     start = 0
-    for names in in_groups({name: site.conv for name, site in sites.items()}, memory):
+    for names in in_groups({name: site.conv for name, site in sites.items()}, memory, maps=maps):
         group = {name: sites[name] for name in names}
         moments = {name: _zeros(site) for name, site in group.items()}
         run = tensors_of(network.proto, [site.x for site in group.values()], threads)

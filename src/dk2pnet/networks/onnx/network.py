@@ -19,7 +19,7 @@ from torch import Tensor
 from dk2pnet.answers import Predictions
 from dk2pnet.data import Normalization
 from dk2pnet.data.arrays import Arrays, Feed, Input, example_feed, read_arrays
-from dk2pnet.data.samples import Batches, Batching, Samples
+from dk2pnet.data.samples import AT_ONCE, Batches, Batching, Samples
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.deploy.latency import is_onnx
@@ -43,7 +43,6 @@ from dk2pnet.run.run import Run
 
 __all__ = ["OnnxNetwork"]
 
-_MOST = 8  # samples at once where the graph leaves it open: more gain nothing on a CPU
 _LAYERS = "layers.safetensors"
 
 
@@ -55,7 +54,7 @@ class OnnxNetwork:
     graph: OnnxGraph
     normalization: Normalization | None = None
     layers: dict[str, DKConv2d] = field(default_factory=dict)
-    batching: Batching = Batching(_MOST)
+    batching: Batching = Batching(AT_ONCE)
     example: Feed = field(default_factory=lambda: Feed({}))
     task: str | None = None
     names: list[str] = field(default_factory=list)  # of the tensors that are compared
@@ -73,7 +72,7 @@ class OnnxNetwork:
         graph = read_onnx(path, first=True)  # `sites` says whether the first one stays dense
         sizes = {value.dims[0] for value in graph.takes if value.dims} - {None}
         fixed = (sizes.pop() if len(sizes) == 1 else 1) if sizes else None
-        return cls(str(path), graph, batching=Batching(fixed, True) if fixed else Batching(_MOST))
+        return cls(str(path), graph, batching=Batching(fixed, True) if fixed else Batching(AT_ONCE))
 
     # -- before any work ---------------------------------------------------------------------------------------------
 
@@ -103,6 +102,24 @@ class OnnxNetwork:
             return False
         self.batching = Batching(1, True)
         return True
+
+    def fit(self, memory: int) -> bool:
+        """Take no more samples at once than have their maps in `memory` bytes, at least one."""
+        maps = sum(self._bytes_read(site.x) for site in self.graph.sites if not site.reason)
+        fitting = max(memory // max(maps, 1), 1)
+        if self.batching.fixed or fitting >= self._at_once:
+            return False
+        self.batching = Batching(fitting)
+        return True
+
+    @property
+    def _at_once(self) -> int:
+        return self.batching.size or AT_ONCE
+
+    def _bytes_read(self, name: str) -> int:
+        """Of a tensor, for one sample; 0 where nothing is known of it."""
+        shape = self.shapes.get(name)
+        return 0 if shape is None else 4 * math.prod(shape) // self.example.samples
 
     def feed(self, x: Tensor | Feed) -> Feed:
         """A batch as the graph takes it: images are its one input."""
@@ -273,6 +290,7 @@ class OnnxNetwork:
             sites,
             _Feeds(self, samples.gather),
             samples=count,
+            maps={name: self._at_once * self._bytes_read(site.x) for name, site in sites.items()},
             memory=memory,
             seed=run.seed,
             threads=run.threads,

@@ -11,6 +11,7 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor, nn
 
 from dk2pnet.data.arrays import Feed
+from dk2pnet.decompose.moments import BLOCK
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.deploy.runtimes.onnxruntime import session
 from dk2pnet.layer import DKConv2d, arguments_of
@@ -79,11 +80,11 @@ def reconstruct_onnx(
             for ours, theirs in zip(*pairs, strict=True):
                 sums.add(ours, theirs)
             first += feed.samples
-        mean_teacher, mean_student, A, both = sums.centred()
         weight = conv.weight.double().view(conv.groups, -1, conv.weight[0].numel())
+        mean_teacher, mean_student, A, target = sums.centred(weight)
         layer = layers[site.name]
-        if counts is not None and bool(torch.isfinite(A).all()) and bool(torch.isfinite(both).all()):
-            problem = Problem(conv.weight, counts[site.name], A, None, conv.groups, target=weight @ both)
+        if counts is not None and bool(torch.isfinite(A).all()) and bool(torch.isfinite(target).all()):
+            problem = Problem(conv.weight, counts[site.name], A, None, conv.groups, target=target)
             layer = layer_of(site, solve_many([problem])[0])
         folded = layer.fold().detach().double().reshape(weight.shape)
         shift = (weight @ mean_teacher.unsqueeze(2) - folded @ mean_student.unsqueeze(2)).flatten()
@@ -135,20 +136,26 @@ class _Pair:
             self.origins = teacher.mean(0), student.mean(0)
         teacher, student = teacher - self.origins[0], student - self.origins[1]
         before, after = teacher.transpose(0, 1), student.transpose(0, 1)
-        self.square += (after.transpose(1, 2) @ after).double()
-        self.cross += (before.transpose(1, 2) @ after).double()
+        for start in range(0, after.shape[2], BLOCK):  # products of a part of the rows: the sums may be large
+            rows = slice(start, start + BLOCK)
+            self.square[:, rows] += after[:, :, rows].transpose(1, 2) @ after
+            self.cross[:, rows] += before[:, :, rows].transpose(1, 2) @ after
         self.teacher += teacher.sum(0, dtype=torch.float64)
         self.student += student.sum(0, dtype=torch.float64)
         self.count += len(teacher)
 
-    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both means ``(G, C q)``, the student's covariance and that of teacher and student ``(G, C q, C q)``."""
+    def centred(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both means ``(G, C q)``, the student's covariance ``(G, C q, C q)``, and that of the responses of `weight`
+        ``(G, N, C q)`` to the teacher's patches with the student's. The sums are used up."""
         count = max(self.count, 1)
         teacher, student = self.teacher / count, self.student / count
-        square = self.square / count - student.unsqueeze(2) * student.unsqueeze(1)
-        cross = self.cross / count - teacher.unsqueeze(2) * student.unsqueeze(1)
+        square = self.square.div_(count)
+        for group, mean in enumerate(student):
+            square[group].addr_(mean, mean, alpha=-1)
+        cross = weight @ self.cross / count - (weight @ teacher.unsqueeze(2)) * student.unsqueeze(1)
         if self.origins is not None:
             teacher, student = teacher + self.origins[0], student + self.origins[1]
+        self.square = self.cross = torch.zeros(0)
         return teacher, student, square, cross
 
 

@@ -20,7 +20,7 @@ from dk2pnet import __version__, processes
 from dk2pnet.answers import Predictions, predict
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.data.arrays import Arrays, Feed
-from dk2pnet.data.images import SMALL
+from dk2pnet.data.images import SMALL, batch_size_for
 from dk2pnet.data.samples import Batches, Batching, Every, Part, Samples, spread
 from dk2pnet.data.tensors import TensorImages, images_of
 from dk2pnet.decompose.moments import Moments
@@ -77,8 +77,8 @@ class TorchNetwork:
     given: nn.Module | None = None  # the user's own, which is never changed
     task: str | None = None
     calls: dict[str, int] = field(default_factory=dict)  # of a convolution, in one forward pass
+    batching: Batching = Batching()
 
-    batching = Batching()
     default_criterion = "loss"
 
     @property
@@ -241,6 +241,16 @@ class TorchNetwork:
     def one_at_a_time(self) -> bool:
         """A module takes any number."""
         return False
+
+    def fit(self, memory: int) -> bool:
+        """Of images that are read here; a user's own batches stay as they are."""
+        size = self.batching.size or batch_size_for(self.example.shape[2:])
+        maps = 4 * max((site.activation for site in self.sites()), default=0)
+        fitting = max(memory // max(maps, 1), 1)
+        if fitting >= size:
+            return False
+        self.batching = Batching(fitting)
+        return True
 
     def arrays(self, path: str) -> Arrays:
         """Not yet: a module takes images."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dk2pnet.decompose.moments import BLOCK
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
 from dk2pnet.layer import DKConv2d
 from dk2pnet.measure import inference_of
@@ -256,13 +257,18 @@ class _Layer:
         square = torch.zeros(groups, inputs, inputs, dtype=torch.float64)
         total, count = torch.zeros(groups, inputs, dtype=torch.float64), 0
         for patches in self.samples.pieces(rows):
-            square += (patches.transpose(1, 2) @ patches).to(square)
+            for start in range(0, inputs, BLOCK):  # products of a part of the rows: the sums may be large
+                part = slice(start, start + BLOCK)
+                square[:, part] += (patches[:, :, part].transpose(1, 2) @ patches).to(square)
             total += patches.sum(1).to(total)
             count += patches.shape[1]
         mean = total / max(count, 1)
         if not self.shifted:
             mean = torch.zeros_like(mean)
-        return square / max(count, 1) - mean.unsqueeze(2) * mean.unsqueeze(1), mean
+        square /= max(count, 1)
+        for group, each in enumerate(mean):
+            square[group].addr_(each, each, alpha=-1)
+        return square, mean
 
     def _cross(self, y: Tensor, mean: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``E[y u']`` (G, N, C q), about the means where the layer can be shifted, and the mean of y ``(G, N)``."""
