@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dk2pnet.answers import Predictions
 from dk2pnet.data import ImageData, has_split
+from dk2pnet.data.images import SMALL
 from dk2pnet.data.samples import Samples, any_split, array_samples, named_samples, user_samples
 from dk2pnet.data.sources import load_test
 from dk2pnet.decompose.moments import CRITERIA, Moments
@@ -35,8 +36,10 @@ from dk2pnet.networks.open import (
 from dk2pnet.networks.patches import geometry_of
 from dk2pnet.options import CompressOptions, ExploreOptions
 from dk2pnet.run.run import Run
-from dk2pnet.students.tuning_steps import Tuning, tuning_of
+from dk2pnet.students.needs import own_bytes
+from dk2pnet.students.tuning_steps import LARGE_BATCH, Tuning, tuning_of
 from dk2pnet.tasks import can_be, check_task, guess, is_uncertain
+from dk2pnet.training.trainer import TUNING
 
 __all__ = ["TOO_LARGE", "Teacher", "check_for_onnx"]
 
@@ -64,7 +67,8 @@ class Teacher:
     it are made.
 
     `named`: the data set that calibrates, None for a user's own batches or arrays; `learner`: None where no student is
-    tuned, for the reason in ``tuning.said``; `notes`: what the results have to say of it.
+    tuned, for the reason in ``tuning.said``; `notes`: what the results have to say of it; `own`: bytes that it asks for
+    itself, beside ``--memory``.
     """
 
     network: Network
@@ -77,6 +81,7 @@ class Teacher:
     named: str | None
     options: CompressOptions | ExploreOptions
     notes: list[str] = field(default_factory=list)
+    own: int | None = None
 
     @classmethod
     def open(
@@ -130,11 +135,17 @@ class Teacher:
                 learner = network.learner(samples, {site.name: site for site in sites if not site.reason}, run)
             except NotLearnable as reason:
                 tuning = Tuning(said=f"no tuning: the graph cannot be had as a PyTorch module, {reason}")
+        own = None
+        if samples is not None:
+            batch = samples.first
+            tuned = network.batching.size or (LARGE_BATCH if max(batch.shape[2:]) > SMALL else TUNING.batch_size)
+            own = own_bytes(network, sites, len(batch), tuned if learner is not None else 0)
+            _log.info("about %.1f GiB for the network itself, beside --memory %g", own / 2**30, options.memory)
         random = random_weights(model, options.weights)
         if random:
             _log.warning("%s", random)
         notes = [said for said in (random, *network.caveats, tuning.said, unsure) if said]
-        return cls(network, samples, held, sites, criterion, tuning, learner, named, options, notes)
+        return cls(network, samples, held, sites, criterion, tuning, learner, named, options, notes, own)
 
     @property
     def task(self) -> str | None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from dk2pnet.data.samples import Samples
 from dk2pnet.errors import InputError
 
-__all__ = ["AUTOMATIC_MACS", "AUTOMATIC_SECONDS", "Tuning", "tuning_of"]
+__all__ = ["LARGE_BATCH", "AUTOMATIC_MACS", "AUTOMATIC_SECONDS", "Tuning", "tuning_of"]
 
+LARGE_BATCH = 32  # large images in a step
 AUTOMATIC_STEPS = 150
 # Larger ones are given so many seconds, and at most so many steps (on a GPU).
 AUTOMATIC_SECONDS, _MOST = 480.0, 1000

@@ -375,9 +375,7 @@ class OnnxNetwork:
 
     def save(self, folder: Path, plan: Plan, samples: Samples | None, run: Run) -> float | None:
         """model.onnx, proven to compute what it should, and plan.json. One sample is enough: both are graphs."""
-        content, difference = proven(
-            self.final(plan.forms), self.proto(), self.graph, self.layers, self.names, self.example, run.threads
-        )
+        content, difference = self._proven(self.final(plan.forms), run.threads)
         (folder / "model.onnx").write_bytes(content)
         (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         return difference
@@ -410,8 +408,11 @@ class OnnxNetwork:
     def result(self, plan: Plan) -> ModelProto:
         """The new graph, proven."""
         final = self.final(plan.forms)
-        proven(final, self.proto(), self.graph, self.layers, self.names, self.example, None)
+        self._proven(final, None)
         return final
+
+    def _proven(self, final: ModelProto, threads: int | None) -> tuple[bytes, float]:
+        return proven(final, self.proto(), self.graph, self.layers, self.names, self.shapes, self.example, threads)
 
 
 @dataclass(frozen=True)

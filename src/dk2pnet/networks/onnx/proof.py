@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ __all__ = ["check_repeats", "comparable", "proven"]
 
 # How much the rewritten file may differ from the same graph with the folded weights: both compute the same.
 _EXACT = 1e-3
+_AT_ONCE = 2**27  # bytes of tensors that are compared at once
 
 
 def check_repeats(graph: OnnxGraph, single: Feed, model: str, threads: int | None) -> None:
@@ -42,24 +45,23 @@ def proven(
     graph: OnnxGraph,
     layers: Mapping[str, DKConv2d],
     names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
     single: Feed,
     threads: int | None,
 ) -> tuple[bytes, float]:
     """The new file's content, and how far it is from the `reference` with the folded weights (the largest difference,
     relative to the largest number).
 
-    Compared are the tensors `names` and what the new layers give. What is judged is the mean difference: where a graph
-    rounds to few levels, a rounding error may move some by one.
+    Compared are the tensors `names` and what the new layers give, of these `shapes`, few at a time. What is judged is
+    the mean difference: where a graph rounds to few levels, a rounding error may move some by one.
     """
     content = result.SerializeToString()
     onnx.checker.check_model(content)
     made = {name for node in reference.graph.node for name in node.output}
     sites = [site.node.output[0] for site in graph.sites if site.name in layers and site.node is not None]
     names = list(dict.fromkeys([*names, *(each for each in sites if each in made)]))
-    expected, found = (tensors_of(proto, names, threads)(single) for proto in (reference, result))
     worst = mean = 0.0
-    for name in names:
-        a, b = expected[name], found[name]
+    for a, b in _both(reference, result, names, shapes, single, threads):
         if not isinstance(a, np.ndarray) or a.dtype.kind != "f":
             continue
         if a.shape != b.shape:  # the number of what was found may hang on a rounding error
@@ -77,6 +79,28 @@ def proven(
     return content, worst
 
 
+def _both(
+    reference: ModelProto,
+    result: ModelProto,
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    feed: Feed,
+    threads: int | None,
+) -> Iterator[tuple[Any, Any]]:
+    """The tensors of both graphs, as many in one run as are little together."""
+    group: list[str] = []
+    total = 0
+    for name in [*names, None]:
+        size = 0 if name is None else 4 * math.prod(shapes.get(name, ()))
+        if group and (name is None or total + size > _AT_ONCE):
+            expected, found = (tensors_of(proto, group, threads)(feed) for proto in (reference, result))
+            yield from ((expected[each], found[each]) for each in group)
+            group, total = [], 0
+        if name is not None:
+            group.append(name)
+            total += size
+
+
 def comparable(graph: OnnxGraph, feed: Feed, threads: int | None) -> list[str]:
     """For every output the tensor that is compared.
 
@@ -90,13 +114,16 @@ def comparable(graph: OnnxGraph, feed: Feed, threads: int | None) -> list[str]:
         while len(chain) < 8 and (maker := makers.get(chain[-1])) is not None and maker.input and maker.input[0]:
             chain.append(maker.input[0])
         chains[output] = chain
-    inputs = {value.name for value in graph.proto.graph.input}
-    wanted = [name for chain in chains.values() for name in chain if name in makers or name in inputs]
-    found = tensors_of(graph.proto, wanted, threads)(feed)
+    found = tensors_of(graph.proto, graph.outputs, threads)(feed)
+    others: dict[str, Any] = {}  # further ones only where they are asked for: maps may be large
 
     def is_float(name: str) -> bool:
-        array = found.get(name)
-        return isinstance(array, np.ndarray) and array.dtype.kind == "f" and name in makers
+        if name not in makers:
+            return False
+        if name not in found and name not in others:
+            others[name] = tensors_of(graph.proto, [name], threads)(feed).get(name)
+        array = found[name] if name in found else others[name]
+        return isinstance(array, np.ndarray) and array.dtype.kind == "f"
 
     return list(
         dict.fromkeys(

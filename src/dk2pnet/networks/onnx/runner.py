@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from dk2pnet.data.arrays import Feed
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
@@ -30,6 +30,24 @@ def tensors_of(proto: ModelProto, names: Sequence[str], threads: int | None = No
 def shapes_of(network: OnnxGraph, feed: Feed, names: Iterable[str], threads: int | None = None) -> dict:
     """Shapes of tensors, constants among them, when the graph runs `feed`; what is no tensor is left out."""
     known = {name: tuple(tensor.dims) for name, tensor in network.constants.items()}
+    known |= {name: array.shape for name, array in feed.arrays.items()}
     wanted = [name for name in dict.fromkeys(names) if name and name not in known]
-    found = tensors_of(network.proto, wanted, threads)(feed)
-    return known | {name: array.shape for name, array in found.items() if isinstance(array, np.ndarray)}
+    try:
+        return known | _asked(network, feed, wanted, threads)
+    except Exception:  # whatever ONNX Runtime says: one of them is no tensor (a sequence)
+        found = tensors_of(network.proto, wanted, threads)(feed)
+        return known | {name: array.shape for name, array in found.items() if isinstance(array, np.ndarray)}
+
+
+def _asked(network: OnnxGraph, feed: Feed, names: Sequence[str], threads: int | None) -> dict:
+    """By nodes that give shapes: the tensors themselves, which are large together, are not all kept."""
+    if not names:
+        return {}
+    proto = part_of(network.proto, names)
+    del proto.graph.output[:]
+    for number, name in enumerate(names):
+        shape = f"dk2pnet/shape {number}"
+        proto.graph.node.append(helper.make_node("Shape", [name], [shape]))
+        proto.graph.output.append(helper.make_tensor_value_info(shape, TensorProto.INT64, [None]))
+    found = run_onnx(session(proto.SerializeToString(), threads), feed)
+    return {name: tuple(shape.tolist()) for name, shape in zip(names, found, strict=True)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dk2pnet.data.arrays import Feed
 from dk2pnet.decompose.moments import BLOCK
 from dk2pnet.decompose.solve import Factors, Problem, solve_many
-from dk2pnet.deploy.runtimes.onnxruntime import session
+from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.layer import DKConv2d, arguments_of
 from dk2pnet.networks.onnx.gather import as_tensor, positions_for
 from dk2pnet.networks.onnx.graph import OnnxGraph, part_of, reads
@@ -245,7 +245,8 @@ class _Walk:
             running = session(part.SerializeToString(), self.threads)
             names = [value.name for value in running.get_inputs()]
             for each, result in zip(values, kept, strict=True):
-                result.update(zip(outputs, running.run(outputs, {name: each[name] for name in names}), strict=True))
+                found = run_onnx(running, Feed({name: each[name] for name in names}))
+                result.update(zip(outputs, found, strict=True))
         except Exception as error:  # whatever ONNX Runtime says against a part of a graph that it runs as a whole
             raise Unsuitable(str(error).partition("\n")[0]) from error
         for name, array in kept[0].items():
