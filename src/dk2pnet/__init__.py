@@ -1,15 +1,30 @@
 """dk2pnet: make trained convolutional networks fast to run, by dominant kernels and knowledge pre-regression."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
 from dk2pnet.errors import InputError
-from dk2pnet.layer import DKConv2d, set_form
 from dk2pnet.plan import Budget, Plan
 
-# What pulls in the data and export libraries is imported when first asked for.
+if TYPE_CHECKING:
+    from dk2pnet.commands.compress import Result, compress
+    from dk2pnet.commands.evaluate import evaluate
+    from dk2pnet.commands.explore import explore
+    from dk2pnet.commands.reproduce import reproduce
+    from dk2pnet.commands.train import train
+    from dk2pnet.deploy.emit import plain_model
+    from dk2pnet.layer import DKConv2d, set_form
+    from dk2pnet.networks.saved import load_student, save_student
+    from dk2pnet.options import CompressOptions, EvaluateOptions, ExploreOptions, ReproduceOptions, TrainOptions
+    from dk2pnet.run.run import Run
+
+# What pulls in PyTorch, and the data and export libraries, is imported when first asked for: a spelling mistake on the
+# command line is answered at once.
 _LATER = {
+    "DKConv2d": "layer",
+    "set_form": "layer",
     "compress": "commands.compress",
     "Result": "commands.compress",
     "explore": "commands.explore",

@@ -6,6 +6,8 @@ the seconds that importing PyTorch takes.
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -108,6 +110,20 @@ def test_options_of_compress_and_explore_reach_them(command, tmp_path, monkeypat
 
 
 # -- what a run writes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("compres", "Did you mean 'compress'"), ("compress --budgett macs=0.4", "--budget")]
+)
+def test_a_spelling_mistake_is_answered_before_pytorch_is_loaded(line, said):
+    code = (
+        "import sys, dk2pnet.cli\n"
+        "try: dk2pnet.cli.main()\n"
+        "finally: print([name for name in ('torch', 'numpy', 'onnx', 'PIL') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (2, "[]")
+    assert said in done.stderr
 
 
 def test_train_writes_a_network_that_has_learned(place):

@@ -12,6 +12,7 @@ from dk2pnet.data.samples import Part, named_samples
 from dk2pnet.estimates import estimate
 from dk2pnet.options import ExploreOptions
 from dk2pnet.run.run import Run
+from dk2pnet.students.probes import Prober
 from dk2pnet.tasks import accuracy
 from toys import toy
 
@@ -153,6 +154,14 @@ def test_what_cannot_be_decided_is_refused(options, words):
         given["criterion"] = "weight"
     with pytest.raises(InputError, match=words):
         compress(net(), given.pop("data"), given.pop("budget"), criterion=given.pop("criterion"), **given)
+
+
+def test_too_few_images_are_refused_before_any_network_is_made(monkeypatch):
+    monkeypatch.setattr(Prober, "make", lambda *_: pytest.fail("a network was made"))
+    with pytest.raises(
+        InputError, match=r"320 images cannot tell a drop of 0.1 points: of a student with the very same"
+    ):
+        compress(net(), X, "drop=0.1", criterion="loss", holdout=MORE, tune=0)
 
 
 def test_a_refusal_leaves_nothing_in_the_way(tmp_path):

@@ -36,7 +36,8 @@ def decide(wanted: Budget, unit: str, prober: Prober) -> tuple[dict[str, Any], P
     assert samples is not None
     deciding: Batches = samples.decide if _test_confirms(wanted, ready) else Every(samples.decide, _CONFIRM, False)
     teacher = ready.network.predict(deciding, prober.run)
-    estimate(wanted.kind, teacher, teacher)  # whether these images and this network can decide, before any work
+    # Whether these images and this network can decide, before any work: no student is told by fewer than its teacher.
+    _check_enough(wanted, estimate(wanted.kind, teacher, teacher), "of a student with the very same answers")
     found = smallest(wanted, unit, prober, teacher, deciding)
     samples.counts["deciding"] = len(teacher)
     said = []
@@ -160,12 +161,7 @@ def smallest(
         tried.append({"budget": str(probe.budget), "macs_kept": kept, "within": within, **loss.to_dict()})
         if within:
             passed, good = (at, loss.value), (probe, loss)
-            if wanted.kind == "drop" and loss.half_width > wanted.value:
-                raise Refused(
-                    f"{loss.images} images cannot tell a drop of {wanted.value:g} points: at {probe.budget} it is "
-                    f"{loss.value:.2f} with a 95 % interval from {loss.low:.2f} to {loss.high:.2f}; decide on at least "
-                    f"{loss.images_needed(wanted.value)} labelled images (--holdout), or allow a larger drop"
-                )
+            _check_enough(wanted, loss, f"at {probe.budget}")
         else:
             failed = (at, loss.value)
     if good is None:
@@ -175,6 +171,16 @@ def smallest(
             f"no network within {wanted} was found in {len(tried)} attempts: {lowest}; allow more, or tune for longer"
         )
     return Found(*good, tried)
+
+
+def _check_enough(wanted: Budget, loss: Estimate, where: str) -> None:
+    """`Refused` where the images are too few to tell a drop as small as what is allowed."""
+    if wanted.kind == "drop" and loss.half_width > wanted.value:
+        raise Refused(
+            f"{loss.images} images cannot tell a drop of {wanted.value:g} points: {where} it is {loss.value:.2f} with "
+            f"a 95 % interval from {loss.low:.2f} to {loss.high:.2f}; decide on at least "
+            f"{loss.images_needed(wanted.value)} labelled images (--holdout), or allow a larger drop"
+        )
 
 
 def _next(
