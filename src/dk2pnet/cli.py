@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -216,6 +217,31 @@ class _Messages(logging.Handler):
             stderr.print(_escaped(record.getMessage()), highlight=False, soft_wrap=True)
 
 
+class _Lines:
+    """A line when a step ends, and every so many seconds of one that takes longer, with the time that is left."""
+
+    def __init__(self) -> None:
+        self.step, self.begun, self.said = "", time.monotonic(), time.monotonic()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """As `Run.progress`."""
+        now = time.monotonic()
+        step = what.split(",")[0]
+        if step != self.step:
+            self.step, self.begun, self.said = step, now, now
+        ended = bool(total) and done >= total
+        if not is_main() or not (ended or now - self.said >= _EVERY):
+            return
+        self.said = now
+        line = f"{what} {done}/{total}" if total else f"{what} {done}"
+        seconds = now - self.begun
+        if ended:
+            line += f", {seconds:.0f} s"
+        elif done and total:
+            line += f", {seconds:.0f} s, about {seconds / done * (total - done):.0f} s left"
+        stderr.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def _escaped(text: str) -> str:
     from rich.markup import escape
 
@@ -227,11 +253,18 @@ def _say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+_EVERY = 15.0  # seconds between lines about a step, where they go to a file
+
+
 @contextmanager
 def _progress() -> Iterator[Any]:
-    """A `Run` that shows bars with the time left; one per step, finished ones stay."""
+    """A `Run` that shows bars with the time left; one per step, finished ones stay. In a file there are lines."""
     from dk2pnet.run.run import Run
 
+    command = shlex.join(["dk2pnet", *sys.argv[1:]])
+    if not stderr.is_terminal:
+        yield Run(_Lines().show, command)
+        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=stderr, disable=not is_main()) as bars:
         tasks: dict[str, Any] = {}
@@ -244,7 +277,7 @@ def _progress() -> Iterator[Any]:
             bars.update(tasks[step][0], completed=done, total=total or None, description=what, count=count)
             tasks[step][1] = done
 
-        yield Run(show, shlex.join(["dk2pnet", *sys.argv[1:]]))
+        yield Run(show, command)
 
 
 if __name__ == "__main__":

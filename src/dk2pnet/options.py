@@ -211,7 +211,12 @@ class _Decompose(_Augmented, _Named):
         "Where it runs and is timed: onnxruntime (the default), onnxruntime-int8, openvino, pytorch, pytorch-compile, "
         "cuda. With a budget in points, given, smallest means fastest there.",
     )
-    holdout: Any = option(None, "Folder of images that decide on a budget in points.", metavar="FOLDER")
+    holdout: Any = option(
+        None,
+        "Folder of images that decide on a budget in points; .npz beside --data X.npz: of an .onnx model what is held "
+        "out in place of the last fifth.",
+        metavar="FOLDER",
+    )
     holdout_split: str | None = option(None, "Part of a split that decides, such as 'test[:50%]'; the rest reports.")
     criterion: str | None = one_of(
         None, CRITERIA, "loss (the default), response (that of .onnx models) or weight (needs no images)."
@@ -360,7 +365,10 @@ _MODEL = (
     "resnet20 ... resnet110, vgg8, lenet, dk2pnet-20x32 (depth x width), torchvision/NAME, timm/NAME, "
     "FILE.py:FUNCTION, an OUT folder"
 )
-_ONNX_DATA = f"{_DATA}; for an .onnx model also an .npz file with one array per input, samples along the first axis."
+_ONNX_DATA = (
+    f"{_DATA}; or an .npz file, samples along the first axis: of an .onnx model one array per input, else images as "
+    "the network takes them."
+)
 _OUT = Argument("out", "Folder to write; must not exist.", kind=Path)
 
 

@@ -162,10 +162,11 @@ def log_scores(scores: Tensor, probabilities: bool | None = None) -> Tensor:
 
 
 class Comparison(NamedTuple):
-    """A student's answers against the teacher's: by output and sample the squared ``errors`` and the ``energies`` that
-    they are relative to, ``(outputs, samples)``; of a task with classes by sample the ``distance`` and the share of
-    answers that are the ``same``, else None."""
+    """A student's answers against the teacher's: the ``names`` of the outputs that are not empty, by output and sample
+    the squared ``errors`` and the ``energies`` that they are relative to, ``(outputs, samples)``; of a task with
+    classes by sample the ``distance`` and the share of answers that are the ``same``, else None."""
 
+    names: list[str]
     errors: Tensor
     energies: Tensor
     distance: Tensor | None
@@ -211,9 +212,11 @@ def compare(teacher: Predictions, student: Predictions) -> Comparison:
             distances.append(torch.stack([distance for distance, _ in found]).mean(0))
             same.append(torch.stack([alike for _, alike in found]).amin(0))
         done += count
+    given = [number for number in range(len(teacher.names)) if not teacher.is_empty(number)]
     return Comparison(
-        torch.cat(errors, 1),
-        energies,
+        [teacher.names[number] for number in given],
+        torch.cat(errors, 1)[given],
+        energies[given],
         torch.cat(distances) if distances else None,
         torch.cat(same) if same else None,
     )
@@ -236,8 +239,9 @@ def squared_error(teacher: Predictions, student: Predictions) -> float:
 
 
 def relative_errors(teacher: Predictions, student: Predictions) -> dict[str, float]:
-    """The relative squared error of each output by its name."""
-    return dict(zip(teacher.names, compare(teacher, student).relative.tolist(), strict=True))
+    """The relative squared error of each output that is not empty, by its name."""
+    found = compare(teacher, student)
+    return dict(zip(found.names, found.relative.tolist(), strict=True))
 
 
 def agreement(teacher: Predictions, student: Predictions) -> float | None:
@@ -260,7 +264,7 @@ def figures(teacher: Predictions, student: Predictions) -> dict[str, Any]:
     return {
         "agreement": None if found.same is None else 100 * float(found.same.mean()),
         "relative_error": percent(relative.mean()),
-        "relative_errors": {name: percent(each) for name, each in zip(teacher.names, relative, strict=True)},
+        "relative_errors": {name: percent(each) for name, each in zip(found.names, relative, strict=True)},
         "relative_error_worst": percent(torch.where(worst.isfinite(), worst, math.inf)),
     }
 

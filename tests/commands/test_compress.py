@@ -6,6 +6,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -784,6 +785,25 @@ def test_two_runs_do_not_share_an_out(tmp_path):
     with pytest.raises(InputError, match=r"out exists"), unfinished(out, False, {"seed": 0}):
         pytest.fail("the work had begun")
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_npz_file_of_images_is_what_its_batches_are(tmp_path):
+    images = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "in.npz", x=images.double().numpy())
+    np.savez(tmp_path / "more.npz", x=-images.numpy())
+    how = {"criterion": "response", "tune": 0}
+    for budget, further, same in (
+        ("macs=0.6", {}, {}),
+        ("disagree=20", {"holdout": str(tmp_path / "more.npz")}, {"holdout": list((-images).split(128))}),
+    ):
+        found = compress(net(), str(tmp_path / "in.npz"), budget, **how, **further)
+        expected = compress(net(), list(images.split(128)), budget, **how, **same)
+        assert found.metrics["student"] == expected.metrics["student"]
+    with pytest.raises(InputError, match="holdout images decide on a budget in points"):
+        compress(net(), str(tmp_path / "in.npz"), "macs=0.6", holdout=str(tmp_path / "more.npz"), **how)
+    np.savez(tmp_path / "rows.npz", x=images.double().numpy()[:, :, 0, 0])
+    with pytest.raises(InputError, match=r"holds .*float64 of shape \(300, 3\)"):
+        compress(net(), str(tmp_path / "rows.npz"), "macs=0.6", **how)
 
 
 def test_a_third_run_does_not_slip_past_a_second_that_waited_for_the_first(tmp_path, monkeypatch):

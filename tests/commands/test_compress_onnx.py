@@ -134,6 +134,28 @@ def test_no_more_samples_at_once_than_a_quarter_of_the_memory_holds(tmp_path, mo
     assert errors == pytest.approx(errors[:1] * 3, rel=0.1)  # biases are corrected on fewer samples
 
 
+def test_a_holdout_of_arrays_is_what_is_held_out(tmp_path):
+    np.savez(tmp_path / "other.npz", x=weights(6, 3, 9, 9, seed=8))
+    arrays = {"x": weights(20, 3, 9, 9)}
+    found = compress(small(channels=(3, 8, 16)), tmp_path, arrays, holdout=str(tmp_path / "other.npz"))
+    assert found.metrics["run"]["images"] == {"calibration": 20, "held out": 6}
+    for options, said in (
+        ({"holdout": "folder"}, "the holdout has to be arrays too"),
+        ({"holdout_split": "test[:50%]", "budget": "error=0.1"}, "a holdout split is of images"),
+    ):
+        with pytest.raises(InputError, match=said):
+            compress(small(channels=(3, 8, 16)), tmp_path, arrays, **{"budget": "error=0.1"} | options)
+
+
+def test_outputs_that_are_all_empty_are_refused(tmp_path):
+    made = small(channels=(3, 8, 16))
+    made.graph.initializer.extend(tensor(name, np.array([0])) for name in ("zero", "end", "axis"))
+    made.graph.node[-1].output[0] = "all"
+    made.graph.node.append(helper.make_node("Slice", ["all", "zero", "end", "axis"], ["y"]))
+    with pytest.raises(InputError, match="outputs are empty on all held-out samples"):
+        compress(made, tmp_path, {"x": weights(20, 3, 9, 9)})
+
+
 def test_whole_numbers_are_judged_by_what_they_come_from(tmp_path):
     made = rank_one(small(channels=(3, 8, 16)))
     made.graph.node.append(helper.make_node("ArgMax", ["y"], ["class"], axis=1))

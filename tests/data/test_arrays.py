@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from dk2pnet.data.arrays import Feed, example_feed, read_arrays
-from dk2pnet.data.samples import Batching, Every, array_samples
+from dk2pnet.data.arrays import Feed, example_feed, image_batches, read_arrays
+from dk2pnet.data.samples import Batching, Every, all_alike, array_samples
 from dk2pnet.errors import InputError
 from dk2pnet.networks.onnx.graph import input_of
 from graphs import value, weights
@@ -55,6 +55,52 @@ def test_no_more_samples_than_are_wanted_and_the_held_out_ones_decide(tmp_path):
     assert found.decide is found.held_out
     assert found.decided_by == "the held-out samples"
     assert found.test is None
+
+
+def test_the_last_fifth_is_held_out_as_neighbours_are_alike(tmp_path):
+    path = tmp_path / "inputs.npz"
+    np.savez(path, x=np.arange(50.0)[:, None, None, None] * np.ones((1, 3, 2, 2)))
+
+    def numbers(batches):
+        return np.concatenate([feed.arrays["x"][:, 0, 0, 0] for feed, _ in batches])
+
+    found = samples(path, INPUTS, 50)
+    assert list(numbers(found.held_out)) == list(range(40, 50))
+    assert sorted(numbers(found.gather)) == list(range(40))
+    assert list(numbers(found.gather)) != list(range(40))  # batches of neighbours would teach little
+    few = samples(path, INPUTS, 20)
+    assert max(numbers(few.gather)) < min(numbers(few.held_out))
+    arrays = read_arrays(path, INPUTS)
+    np.savez(tmp_path / "other.npz", x=100 + np.arange(7.0)[:, None, None, None] * np.ones((1, 3, 2, 2)))
+    given = array_samples(arrays, 50, Batching(8), read_arrays(tmp_path / "other.npz", INPUTS))
+    assert given.counts == {"calibration": 50, "held out": 7}
+    assert list(numbers(given.held_out)) == list(range(100, 107))
+    assert given.decided_by.endswith("other.npz")
+
+
+def test_samples_that_are_all_alike_are_found(tmp_path):
+    path = tmp_path / "inputs.npz"
+    np.savez(path, x=np.ones((20, 3, 2, 2)) * np.arange(3.0)[:, None, None])
+    assert all_alike(samples(path, INPUTS, 20))
+    assert all_alike(samples(path, INPUTS, 20, Batching(1, True)))
+    np.savez(path, x=weights(20, 3, 2, 2))
+    assert not all_alike(samples(path, INPUTS, 20))
+    assert not all_alike(samples(path, INPUTS, 20, Batching(1, True)))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": np.zeros((4, 3, 2, 2), np.int64)}, r"int64 of shape \(4, 3, 2, 2\)"),
+        ({"x": np.zeros((4, 3, 2, 2)), "y": np.zeros(4)}, "'y'"),
+        ({"x": np.zeros((0, 3, 2, 2))}, r"\(0, 3, 2, 2\)"),
+        ({}, "nothing"),
+    ],
+)
+def test_what_are_no_images_for_a_pytorch_network(arrays, said, tmp_path):
+    np.savez(tmp_path / "in.npz", **arrays)
+    with pytest.raises(InputError, match=f"holds .*{said}.*expected one float array"):
+        image_batches(str(tmp_path / "in.npz"), lambda size: 2)
 
 
 def test_a_fixed_batch_leaves_over_what_fills_none(tmp_path):

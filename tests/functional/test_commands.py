@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from dk2pnet import load_student
+from dk2pnet import cli, load_student
 from dk2pnet.answers import predict
 from dk2pnet.data import Normalization, load, split_training
 from dk2pnet.errors import InputError
@@ -124,6 +124,24 @@ def test_a_spelling_mistake_is_answered_before_pytorch_is_loaded(line, said):
     done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (2, "[]")
     assert said in done.stderr
+
+
+def test_in_a_file_progress_is_lines_with_the_time_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    lines = cli._Lines()
+    for what, at, done in (("solving", 0, 0), ("solving", 10, 1), ("solving", 20, 2), ("solving", 30, 8)):
+        now[0] = at
+        lines.show(what, done, 8)
+    now[0] = 31
+    lines.show("tuning, loss 1", 0, 4)
+    now[0] = 47
+    lines.show("tuning, loss 0.5", 2, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "solving 2/8, 20 s, about 60 s left",
+        "solving 8/8, 30 s",
+        "tuning, loss 0.5 2/4, 16 s, about 16 s left",
+    ]
 
 
 def test_train_writes_a_network_that_has_learned(place):

@@ -16,8 +16,10 @@ from dk2pnet import processes
 from dk2pnet.answers import class_numbers
 from dk2pnet.commands.deliver import deliver
 from dk2pnet.data import ImageData
+from dk2pnet.data.arrays import is_arrays
 from dk2pnet.deploy.latency import check_target
 from dk2pnet.errors import InputError
+from dk2pnet.networks.open import is_onnx_file
 from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.options import CompressOptions, recipe_of
 from dk2pnet.plan import KINDS, Budget, Plan
@@ -92,7 +94,7 @@ def compress(
     chosen = CompressOptions.of(options, flat)
     wanted = Budget.parse(budget)
     check_for_onnx(model, chosen)
-    _check(wanted, data, chosen)
+    _check(wanted, model, data, chosen)
     check_out(out, chosen.overwrite)
     with (run or Run()).at_work(chosen.device, chosen.threads, chosen.seed) as work, ExitStack() as whole:
         teacher = Teacher.open(model, data, chosen, work, chosen.first or wanted.kind != "kernels")
@@ -165,7 +167,7 @@ def compress(
         return Result(student.result(plan), plan, metrics)
 
 
-def _check(wanted: Budget, data: object, options: CompressOptions) -> None:
+def _check(wanted: Budget, model: object, data: object, options: CompressOptions) -> None:
     """What cannot be, before anything is read."""
     if options.target is not None:
         check_target(options.target)
@@ -176,7 +178,9 @@ def _check(wanted: Budget, data: object, options: CompressOptions) -> None:
             f"budget {wanted} looks for the smallest network among tuned ones, and --epochs {options.epochs} would "
             "train the one found; leave --epochs away, and train OUT afterwards with dk2pnet train"
         )
-    if not wanted.in_points and (options.holdout is not None or options.holdout_split is not None):
+    held_out = options.holdout is None or (is_arrays(options.holdout) and is_onnx_file(model))
+    only_in_points = options.holdout_split is not None or not held_out
+    if not wanted.in_points and only_in_points:
         raise InputError(f"holdout images decide on a budget in points (drop=0.5), and the budget is {wanted}")
     if not options.epochs and (options.method is not None or options.hints or options.compile):
         what = "method" if options.method is not None else "hints" if options.hints else "compile"

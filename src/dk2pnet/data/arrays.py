@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dk2pnet.errors import InputError, first_line
 
-__all__ = ["ArrayBatches", "Arrays", "Feed", "Input", "example_feed", "read_arrays"]
+__all__ = ["ArrayBatches", "Arrays", "Feed", "Input", "example_feed", "image_batches", "is_arrays", "read_arrays"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Feed:
 
     def __len__(self) -> int:
         return self.samples
+
+    def rows(self) -> list[Tensor]:
+        """The arrays of numbers, samples first."""
+        numbers = [torch.from_numpy(array) for array in self.arrays.values() if array.dtype.kind in "fiub"]
+        return [each[None] for each in numbers] if self.samples == 1 else numbers
 
     def __getitem__(self, rows: Any) -> Feed:
         """Some of the samples; of a single one nothing is cut, as its arrays may have no axis for samples."""
@@ -79,6 +86,27 @@ class Arrays:
         return len(next(iter(self.arrays.values())))
 
 
+def is_arrays(data: object) -> bool:
+    """Whether that is the name of a file of arrays, and not of a data set."""
+    return isinstance(data, str) and data.endswith(".npz")
+
+
+def _held(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file by their names."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+    except Exception as error:  # numpy has no list of its own: damaged, encrypted, larger than the memory, ...
+        raise InputError(
+            f"{path} cannot be read as .npz ({first_line(error)}); expected one array per input of the network, "
+            "saved by numpy.savez"
+        ) from error
+    foreign = [name for name, array in held.items() if not isinstance(array, np.ndarray)]
+    if foreign:
+        raise InputError(f"{path} holds {foreign[0]!r}, which is no array; expected what numpy.savez writes")
+    return held
+
+
 def read_arrays(path: str | Path, inputs: Sequence[Input]) -> Arrays:
     """Samples from an ``.npz`` file: one array per input, samples along the first axis.
 
@@ -87,17 +115,7 @@ def read_arrays(path: str | Path, inputs: Sequence[Input]) -> Arrays:
     InputError
         When an array is missing or does not fit the network.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
-    except Exception as error:  # numpy has no list of its own: damaged, encrypted, larger than the memory, ...
-        raise InputError(
-            f"{path} cannot be read as .npz ({first_line(error)}); expected one array per input of the graph, "
-            "saved by numpy.savez"
-        ) from error
-    foreign = [name for name, array in held.items() if not isinstance(array, np.ndarray)]
-    if foreign:
-        raise InputError(f"{path} holds {foreign[0]!r}, which is no array; expected what numpy.savez writes")
+    held = _held(path)
     names = [value.name for value in inputs]
     if len(inputs) == len(held) == 1:  # then there is no doubt
         held = {names[0]: next(iter(held.values()))}
@@ -125,6 +143,27 @@ def read_arrays(path: str | Path, inputs: Sequence[Input]) -> Arrays:
     if len(lengths) != 1:
         raise InputError(f"the arrays in {path} hold {sorted(lengths)} samples; expected as many in each")
     return Arrays(str(path), held, stacked)
+
+
+def image_batches(path: str, size: Callable[[tuple[int, int]], int]) -> list[Tensor]:
+    """The one array of an ``.npz`` file as batches of images, of `size` for their height and width, for a network that
+    takes them as they are.
+
+    Raises
+    ------
+    InputError
+        When it holds something else.
+    """
+    held = _held(path)
+    shapes = {name: f"{array.dtype} of shape {array.shape}" for name, array in held.items()}
+    array = next(iter(held.values()), None)
+    if array is None or len(held) != 1 or array.ndim != 4 or array.dtype.kind != "f" or not array.size:
+        raise InputError(
+            f"{path} holds {shapes or 'nothing'}; expected one float array (N, C, H, W) of images as the network takes "
+            "them, normalised"
+        )
+    images = torch.from_numpy(array.astype(np.float32, copy=False))
+    return list(images.split(size((array.shape[2], array.shape[3]))))
 
 
 @dataclass(frozen=True, eq=False)

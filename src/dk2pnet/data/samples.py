@@ -30,6 +30,7 @@ __all__ = [
     "Every",
     "Part",
     "Samples",
+    "all_alike",
     "any_split",
     "array_samples",
     "named_samples",
@@ -207,17 +208,24 @@ def user_samples(
     )
 
 
-def array_samples(arrays: Arrays, count: int, batching: Batching) -> Samples:
+def array_samples(arrays: Arrays, count: int, batching: Batching, holdout: Arrays | None = None) -> Samples:
     """From arrays by input, `count` samples of them at most. The held-out ones decide on budgets in points.
+
+    These are the last fifth in the order given, or `holdout`: crops of a photograph, frames of a film and parts of a
+    recording lie side by side, and what is held out among them says little about another.
 
     Raises
     ------
     InputError
         When there are fewer than one batch for either part.
     """
-    chosen = torch.randperm(len(arrays), generator=generator_for(1))[:count]
-    held = decides(torch.arange(len(chosen)))
-    parts = [chosen[~held].tolist(), chosen[held].tolist()]
+    generator = generator_for(1)
+    chosen = torch.randperm(len(arrays), generator=generator)[:count].sort().values
+    others = len(chosen) - int(decides(torch.arange(len(chosen))).sum()) if holdout is None else len(chosen)
+    # What is gathered from has no order, that of tuning's batches.
+    parts = [chosen[:others][torch.randperm(others, generator=generator)].tolist(), chosen[others:].tolist()]
+    if holdout is not None:
+        parts[1] = list(range(len(holdout)))
     fixed = 1 if arrays.stacked else batching.size if batching.fixed else None
     batch = fixed or min(batching.size or AT_ONCE, max(len(parts[1]), 1))
     if fixed:
@@ -227,9 +235,10 @@ def array_samples(arrays: Arrays, count: int, batching: Batching) -> Samples:
             f"{arrays.name} holds {len(arrays)} sample(s); expected at least {2 if batch == 1 else 6 * batch}, a fifth "
             "of them only decides"
         )
-    gather, held_out = (ArrayBatches(arrays, part, batch) for part in parts)
+    gather, held_out = ArrayBatches(arrays, parts[0], batch), ArrayBatches(holdout or arrays, parts[1], batch)
     counts = {"calibration": len(parts[0]), "held out": len(parts[1])}
-    return Samples(gather, held_out, counts, gather, held_out, "the held-out samples")
+    decided_by = "the held-out samples" if holdout is None else f"the samples of {holdout.name}"
+    return Samples(gather, held_out, counts, gather, held_out, decided_by)
 
 
 def any_split(name: str, data_dir: str | None, like: ImageData, splits: Sequence[str]) -> ImageData:
@@ -238,6 +247,18 @@ def any_split(name: str, data_dir: str | None, like: ImageData, splits: Sequence
         if has_split(name, split, data_dir):
             return load(name, split, data_dir=data_dir, size=like.size, channels=like.channels)
     raise InputError(f"data set {name!r} has neither a training nor a test split; give a folder of images")
+
+
+def all_alike(samples: Samples) -> bool:
+    """Whether all that is gathered from is one and the same sample."""
+    first: list[Tensor] | None = None
+    for x, _ in samples.gather:
+        parts = [x] if isinstance(x, Tensor) else x.rows()
+        first = [part[:1] for part in parts] if first is None else first
+        for part, one in zip(parts, first, strict=True):
+            if part.shape[1:] != one.shape[1:] or not torch.equal(part, one.expand_as(part)):
+                return False
+    return samples.counts["calibration"] > 1
 
 
 # -- parts of batches ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dk2pnet.data import ImageData, Normalization, has_split, load
+from dk2pnet.data.arrays import is_arrays
 from dk2pnet.errors import InputError
 from dk2pnet.measure import is_classifier
 from dk2pnet.networks.named import default_input_size, default_normalization, make_network
@@ -82,7 +83,7 @@ def open_with_data(
     if is_onnx_file(model):
         graph = open_onnx(str(model), normalize)
         network: Network = graph
-        if data is None or data.endswith(".npz"):
+        if data is None or is_arrays(data):
             return network, None
         size, channels = graph.image_size(input_size)
         normalization_of(graph)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dk2pnet.answers import Predictions
 from dk2pnet.data import ImageData, has_split
-from dk2pnet.data.images import SMALL
-from dk2pnet.data.samples import Samples, any_split, array_samples, named_samples, user_samples
+from dk2pnet.data.arrays import image_batches, is_arrays
+from dk2pnet.data.images import SMALL, batch_size_for
+from dk2pnet.data.samples import Samples, all_alike, any_split, array_samples, named_samples, user_samples
 from dk2pnet.data.sources import load_test
 from dk2pnet.decompose.moments import CRITERIA, Moments
 from dk2pnet.deploy.latency import is_onnx
@@ -95,6 +96,10 @@ class Teacher:
         """Open everything, and refuse what cannot be before any work is done. `first`: whether the first convolution
         may be decomposed; where every channel gets as many kernels, its three channels get too few."""
         epochs = options.epochs if isinstance(options, CompressOptions) else 0
+        if is_arrays(data) and not is_onnx_file(model):  # then they are a user's own batches
+            data = image_batches(str(data), batch_size_for)
+            if is_arrays(options.holdout):
+                options = replace(options, holdout=image_batches(options.holdout, batch_size_for))
         network, samples, training = _running(model, data, options, run)
         sites = network.sites(options.keep, first)
         _check_open(model, sites, network.layers)
@@ -112,6 +117,11 @@ class Teacher:
                 raise InputError(
                     f"the network's outputs are not finite on the held-out samples{where}; "
                     "check the weights, and the normalisation of images"
+                )
+            if all(held.is_empty(number) for number in range(len(held.names))):
+                raise InputError(
+                    "the network's outputs are empty on all held-out samples, as of a detector that finds nothing, so "
+                    "that no student can be told from another; give samples in which it finds something"
                 )
             network.task, unsure = _task_of(held, training, options.task)
             held.task = network.task
@@ -140,11 +150,19 @@ class Teacher:
             batch = samples.first
             tuned = network.batching.size or (LARGE_BATCH if max(batch.shape[2:]) > SMALL else TUNING.batch_size)
             own = own_bytes(network, sites, len(batch), tuned if learner is not None else 0)
-            _log.info("about %.1f GiB for the network itself, beside --memory %g", own / 2**30, options.memory)
+            _log.info(
+                "memory: up to %g GiB for what is kept (--memory), and about %.1f GiB for the network itself",
+                options.memory,
+                own / 2**30,
+            )
         random = random_weights(model, options.weights)
         if random:
             _log.warning("%s", random)
-        notes = [said for said in (random, *network.caveats, tuning.said, unsure) if said]
+        alike = ""
+        if samples is not None and all_alike(samples):
+            alike = "the calibration samples are all alike: what is measured and tuned on them says little about others"
+            _log.warning("%s", alike)
+        notes = [said for said in (random, *network.caveats, tuning.said, unsure, alike) if said]
         return cls(network, samples, held, sites, criterion, tuning, learner, named, options, notes, own)
 
     @property
@@ -278,7 +296,7 @@ def _running(
 
 def _tests_only(data: str | None, options: CompressOptions | ExploreOptions) -> bool:
     """Whether a data set has only images to test with, and others calibrate: as ImageNet's validation images do."""
-    if data is None or options.calibration_data is None or data.endswith(".npz"):
+    if data is None or options.calibration_data is None or is_arrays(data):
         return False
     dir_ = options.data_dir
     return not has_split(data, "train", dir_) and has_split(data, "test", dir_)
@@ -313,16 +331,19 @@ def _samples(
         )
     if data is None:
         return None
-    if isinstance(data, str) and (holdout is not None or options.holdout_split is not None):
-        raise InputError(f"the held-out samples of {data} decide; a holdout goes with images: leave it away")
-    if isinstance(holdout, str) or options.holdout_split is not None:
+    if isinstance(data, str) and options.holdout_split is not None:
+        raise InputError(f"the held-out samples of {data} decide; a holdout split is of images: give --holdout X.npz")
+    if isinstance(data, str) and holdout is not None and not is_arrays(holdout):
+        raise InputError(f"data is {data}, so the holdout has to be arrays too; give --holdout X.npz")
+    if not isinstance(data, str) and (isinstance(holdout, str) or options.holdout_split is not None):
         raise InputError("data are batches, so the holdout has to be batches too; give holdout=BATCHES")
     if isinstance(data, str):  # arrays by the names of the network's inputs
         for name in ("normalize", "input_size", "data_dir", "calibration_data"):
             if getattr(options, name) is not None:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} is for images; the arrays in {data} are fed as they are: leave it away")
-        return array_samples(network.arrays(data), count, network.batching)
+        arrays = network.arrays(data)
+        return array_samples(arrays, count, network.batching, None if holdout is None else network.arrays(holdout))
     test_data = getattr(options, "test_data", None)
     return user_samples(data, test_data, count, holdout, network.batching, Shares.of(options.memory).images)
 

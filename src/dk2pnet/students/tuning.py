@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from dk2pnet import processes
 from dk2pnet.answers import Predictions, predict
 from dk2pnet.data import ImageData
 from dk2pnet.data.images import SMALL
-from dk2pnet.data.samples import Samples, spread
+from dk2pnet.data.samples import spread
 from dk2pnet.data.tensors import TensorImages
 from dk2pnet.errors import Refused
 from dk2pnet.memory import Shares
@@ -87,8 +86,6 @@ class Tuner:
             changes["batch_norm"] = "frozen"
         self.options = replace(options, checkpoint_every=teacher.options.checkpoint_every, **changes)
         self.large = max(example.shape[2:]) > SMALL
-        if all_alike(self.samples):
-            _log.warning("the calibration images are all alike: what is tuned on them says little about others")
 
     def tune(self, solved: Solved, steps: int, folder: Path | None = None) -> Network | None:
         """The tuned student, or None where tuning does not bring it closer to the teacher.
@@ -238,15 +235,3 @@ class Tuner:
             folder=folder,
             watch=watch,
         )
-
-
-def all_alike(samples: Samples) -> bool:
-    """Whether all calibration images are one and the same."""
-    first = None
-    for x, _ in samples.gather:
-        if not isinstance(x, torch.Tensor):
-            return False
-        first = x[:1] if first is None else first
-        if x.shape[1:] != first.shape[1:] or not torch.equal(x, first.expand_as(x)):
-            return False
-    return samples.counts["calibration"] > 1
