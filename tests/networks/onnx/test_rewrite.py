@@ -165,14 +165,14 @@ def test_why_convolutions_stay_dense(tmp_path):
 
     def computed(made):
         node(made, "two").input[1] = "w3"
-        made.graph.node.insert(2, helper.make_node("Neg", ["w2"], ["w3"]))
+        made.graph.node.insert(2, helper.make_node("Sin", ["w2"], ["w3"]))
 
     def shared(made):
         made.graph.node.append(helper.make_node("Conv", ["r1", "w2"], ["z"], name="three"))
 
     def bias_computed(made):
         node(made, "two").input[2] = "b3"
-        made.graph.node.insert(2, helper.make_node("Neg", ["b2"], ["b3"]))
+        made.graph.node.insert(2, helper.make_node("Sin", ["b2"], ["b3"]))
 
     def of_weight(array, **geometry):
         def change(made):
@@ -185,15 +185,19 @@ def test_why_convolutions_stay_dense(tmp_path):
 
     cases = {
         "its weight is an input of the graph": as_input,
-        "its weight is computed (Neg)": computed,
+        "its weight is computed (Sin)": computed,
         "its weight is shared with three": shared,
         "its bias is computed, or an input of the graph": bias_computed,
         "1-D convolution": of_weight(weights(12, 8, 3)),
         "3-D convolution": of_weight(weights(12, 8, 3, 3, 3)),
         "1x1 convolution": of_weight(weights(12, 8, 1, 1)),
         "depthwise convolution": of_weight(weights(16, 1, 3, 3), group=8),
-        "its weight is float16, not float": of_weight(weights(12, 8, 3, 3).astype(np.float16)),
-        "its weight is double, not float": of_weight(weights(12, 8, 3, 3).astype(np.float64)),
+        "its weight is float16, not float: export the network in float32": of_weight(
+            weights(12, 8, 3, 3).astype(np.float16)
+        ),
+        "its weight is double, not float: export the network in float32": of_weight(
+            weights(12, 8, 3, 3).astype(np.float64)
+        ),
         "its weight is not finite": of_weight(weights(12, 8, 3, 3) * np.float32("nan")),
         "its kernel_shape is not that of its weight": of_weight(weights(12, 8, 3, 3), kernel_shape=[5, 5]),
         "its strides [0, 1] or dilations [1, 1] are not understood": of_weight(weights(12, 8, 3, 3), strides=[0, 1]),
@@ -204,6 +208,77 @@ def test_why_convolutions_stay_dense(tmp_path):
     assert reasons(small(), tmp_path, keep=["t*"])["two"] == "kept by --keep t*"
     with pytest.raises(InputError, match="--keep five matches no convolution"):
         reasons(small(), tmp_path, keep=["five"])
+
+
+def _behind(kind):
+    """A network whose second weight and bias stand behind nodes that compute them from constants; and their nodes."""
+    made = small()
+    weight = numpy_helper.to_array(next(each for each in made.graph.initializer if each.name == "w2"))
+    drop_initializer(made, "w2")
+    norm = np.sqrt((weight**2).sum((1, 2, 3), keepdims=True))
+    held, nodes = {
+        "transpose": ({"v": weight.T}, [("Transpose", ["v"], {"perm": [3, 2, 1, 0]})]),
+        "reshape": ({"v": weight.ravel(), "s": np.array(weight.shape)}, [("Reshape", ["v", "s"], {})]),
+        "half": ({"v": weight.astype(np.float16)}, [("Cast", ["v"], {"to": TensorProto.FLOAT})]),
+        "weight norm": (
+            {"v": 3 * weight, "g": norm},
+            [
+                ("ReduceL2", ["v"], {"axes": [1, 2, 3], "keepdims": 1}),
+                ("Div", ["v", "t0"], {}),
+                ("Mul", ["g", "t1"], {}),
+            ],
+        ),
+    }[kind]
+    made.graph.initializer.extend(tensor(name, array) for name, array in held.items())
+    for number, (op, inputs, attributes) in enumerate(nodes):
+        output = "w2" if number == len(nodes) - 1 else f"t{number}"
+        made.graph.node.insert(number, helper.make_node(op, inputs, [output], **attributes))
+    made.graph.node.insert(0, helper.make_node("Neg", ["b2"], ["b3"]))
+    node(made, "two").input[2] = "b3"
+    return made
+
+
+@pytest.mark.parametrize("kind", ["transpose", "reshape", "half", "weight norm"])
+def test_weights_that_are_computed_from_constants_are_folded(tmp_path, kind):
+    made = _behind(kind)
+    network = read_onnx(save(made, tmp_path))
+    assert {site.name: site.reason for site in network.sites}["two"] == ""
+    assert [each.op_type for each in network.proto.graph.node] == [each.op_type for each in small().graph.node]
+    assert {"v", "g", "s", "b2"}.isdisjoint(each.name for each in network.proto.graph.initializer)
+    x = images((8, 8))[0]
+    np.testing.assert_allclose(run(network.proto, x)[0], run(made, x)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(rewrite(network, exact(network)), x)[0], run(made, x)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_what_others_read_of_a_folded_weight_stays_and_what_is_too_large_is_not_computed(tmp_path):
+    made = _behind("transpose")
+    made.graph.node.append(helper.make_node("ReduceSum", ["w2"], ["total"]))
+    made.graph.output.append(value("total", *[1] * 4))
+    network = read_onnx(save(made, tmp_path))
+    assert "Transpose" in [each.op_type for each in network.proto.graph.node]
+    x = images((8, 8))[0]
+    for old, new in zip(run(made, x), run(network.proto, x), strict=True):
+        np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-5)
+    made = small()
+    node(made, "two").input[1] = "huge"
+    made.graph.initializer.extend(
+        [tensor("a", np.ones((2**20, 1), np.float32)), tensor("b", np.ones((1, 2**20), np.float32))]
+    )
+    made.graph.node.insert(0, helper.make_node("Mul", ["a", "b"], ["huge"]))
+    assert reasons(made, tmp_path)["two"] == "its weight is computed (Mul)"
+
+
+def test_nodes_out_of_order_are_put_in_order_unless_they_go_in_circles(tmp_path):
+    made = small()
+    nodes = list(made.graph.node)
+    expected = run(made, x := images((8, 8))[0])[0]
+    del made.graph.node[:]
+    made.graph.node.extend(reversed(nodes))
+    network = read_onnx(save(made, tmp_path))
+    assert [each.output[0] for each in network.proto.graph.node] == [each.output[0] for each in nodes]
+    np.testing.assert_allclose(run(network.proto, x)[0], expected, rtol=1e-5)
+    node(made, "one").input[0] = "y"
+    refused(save(made, tmp_path), "read each other's outputs in a circle")
 
 
 def test_a_convolution_in_a_subgraph_stays(tmp_path):

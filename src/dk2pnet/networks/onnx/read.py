@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, inliner
 
 from dk2pnet.errors import InputError
+from dk2pnet.networks.onnx.fold import fold_weights, put_in_order
 from dk2pnet.networks.onnx.graph import OURS, OnnxGraph, all_graphs, constants_of, nodes_in, reads
 from dk2pnet.networks.onnx.sites import apply_keep, sites_of
 
@@ -50,9 +51,12 @@ def read_onnx(path: str | Path, keep: Iterable[str] = (), first: bool = False) -
         tensor.data_location = TensorProto.DEFAULT
     for tensor in _tensors(proto):
         _check_tensor(tensor, path)
+    if not put_in_order(proto.graph):
+        raise InputError(f"nodes of {path} read each other's outputs in a circle; the file is damaged: export it anew")
     _check_graph(proto, path)
     if proto.functions:
         proto = _inlined(proto)
+    fold_weights(proto, constants_of(proto))
     constants = constants_of(proto)
     sites = sites_of(proto, constants)
     apply_keep(sites, keep, first, path)
@@ -162,7 +166,9 @@ def _external(tensor: TensorProto, path: Path) -> tuple[str, int, int]:
         length = int(facts.get("length", size - offset))
     except (OSError, ValueError) as error:
         raise InputError(f"{what}, which cannot be read ({error}); put the data beside the file") from error
-    if offset < 0 or length < 0 or offset + length > size or length > _LARGEST:
+    if length > _LARGEST:
+        raise InputError(f"{what} and has {length:,} bytes; networks of more than 2 GB cannot be rewritten")
+    if offset < 0 or length < 0 or offset + length > size:
         raise InputError(f"{what} from byte {offset} on, {length} bytes, but that file has {size}; fetch it again")
     return found, offset, length
 
@@ -228,7 +234,7 @@ def _check_graph(proto: ModelProto, path: Path) -> None:
             if name not in known:
                 raise InputError(
                     f"node {node.name or node.op_type!r} of {path} reads {name!r}, which neither an input, nor an "
-                    "initializer, nor a node before it gives; the file is damaged"
+                    "initializer, nor another node gives; the file is damaged"
                 )
         for name in node.output:
             if name and name in known:

@@ -181,7 +181,8 @@ def _describe(
     if dims[1] == 1 and groups > 1:
         raise _Stays("depthwise convolution")
     if tensor.data_type != TensorProto.FLOAT:
-        raise _Stays(f"its weight is {TensorProto.DataType.Name(tensor.data_type).lower()}, not float")
+        kind = TensorProto.DataType.Name(tensor.data_type).lower()
+        raise _Stays(f"its weight is {kind}, not float: export the network in float32")
     others = [holder for holder in holders[id(tensor)] if holder != site.name]
     if len(holders[id(tensor)]) > 1:
         raise _Stays(f"its weight is shared with {others[0] if others else 'a node of the same name'}")
