@@ -183,6 +183,7 @@ def test_why_convolutions_stay_dense(tmp_path):
 
         return change
 
+    remedy = "not float: export the network in float32"
     cases = {
         "its weight is an input of the graph": as_input,
         "its weight is computed (Sin)": computed,
@@ -192,12 +193,8 @@ def test_why_convolutions_stay_dense(tmp_path):
         "3-D convolution": of_weight(weights(12, 8, 3, 3, 3)),
         "1x1 convolution": of_weight(weights(12, 8, 1, 1)),
         "depthwise convolution": of_weight(weights(16, 1, 3, 3), group=8),
-        "its weight is float16, not float: export the network in float32": of_weight(
-            weights(12, 8, 3, 3).astype(np.float16)
-        ),
-        "its weight is double, not float: export the network in float32": of_weight(
-            weights(12, 8, 3, 3).astype(np.float64)
-        ),
+        f"its weight is float16, {remedy}": of_weight(weights(12, 8, 3, 3).astype(np.float16)),
+        f"its weight is double, {remedy}": of_weight(weights(12, 8, 3, 3).astype(np.float64)),
         "its weight is not finite": of_weight(weights(12, 8, 3, 3) * np.float32("nan")),
         "its kernel_shape is not that of its weight": of_weight(weights(12, 8, 3, 3), kernel_shape=[5, 5]),
         "its strides [0, 1] or dilations [1, 1] are not understood": of_weight(weights(12, 8, 3, 3), strides=[0, 1]),
@@ -222,11 +219,7 @@ def _behind(kind):
         "half": ({"v": weight.astype(np.float16)}, [("Cast", ["v"], {"to": TensorProto.FLOAT})]),
         "weight norm": (
             {"v": 3 * weight, "g": norm},
-            [
-                ("ReduceL2", ["v"], {"axes": [1, 2, 3], "keepdims": 1}),
-                ("Div", ["v", "t0"], {}),
-                ("Mul", ["g", "t1"], {}),
-            ],
+            [("ReduceL2", ["v"], {"axes": [1, 2, 3]}), ("Div", ["v", "t0"], {}), ("Mul", ["g", "t1"], {})],
         ),
     }[kind]
     made.graph.initializer.extend(tensor(name, array) for name, array in held.items())
@@ -261,9 +254,8 @@ def test_what_others_read_of_a_folded_weight_stays_and_what_is_too_large_is_not_
         np.testing.assert_allclose(new, old, rtol=1e-4, atol=1e-5)
     made = small()
     node(made, "two").input[1] = "huge"
-    made.graph.initializer.extend(
-        [tensor("a", np.ones((2**20, 1), np.float32)), tensor("b", np.ones((1, 2**20), np.float32))]
-    )
+    long = np.ones((2**20, 1), np.float32)
+    made.graph.initializer.extend([tensor("a", long), tensor("b", long.T)])
     made.graph.node.insert(0, helper.make_node("Mul", ["a", "b"], ["huge"]))
     assert reasons(made, tmp_path)["two"] == "its weight is computed (Mul)"
 
@@ -525,6 +517,13 @@ def test_data_beside_the_file_of_more_than_two_gigabytes_is_refused_unread(tmp_p
         file.truncate(3_000_000_000)  # takes no place on the disk
     with pytest.raises(InputError, match=r"data beside it have 3,000,\d{3},\d{3} bytes; networks of more than 2 GB"):
         read_onnx(save(made, tmp_path))
+
+
+def test_one_tensor_of_more_than_two_gigabytes_is_called_that(tmp_path):
+    with open(tmp_path / "data", "wb") as file:
+        file.truncate(2_400_000_000)  # takes no place on the disk
+    made = outside(small(), "data", offset=0, length=2_400_000_000)
+    refused(save(made, tmp_path), r"has 2,400,000,000 bytes; networks of more than 2 GB cannot be rewritten")
 
 
 def test_external_data_is_read_from_the_files_own_folder_only(tmp_path):
