@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dk2pnet.errors import InputError
 
-__all__ = ["copy_model", "replace_modules"]
+__all__ = ["copy_model", "make_weights_plain", "replace_modules"]
 
 # Dictionaries of every module: its parts, parameters, buffers and hooks.
 _OWN = frozenset(vars(nn.Module()))
@@ -32,6 +32,38 @@ def copy_model(model: nn.Module) -> nn.Module:
         ) from error
     _out_of_inference(copied)
     return _uncompiled(copied)
+
+
+def make_weights_plain(model: nn.Module) -> nn.Module:
+    """Tensors that are computed before each use, but always alike in evaluation mode, become what they are then: by
+    `torch.nn.utils.parametrize` (weight and spectral norm), their older forms, masks of `torch.nn.utils.prune`."""
+    from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+    from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in modes:
+        if parametrize.is_parametrized(module):
+            # `remove_parametrizations` takes the property from the class, which a copy shares with its original.
+            values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore
+            module.__class__ = type(module).__bases__[0]
+            del module._modules["parametrizations"]
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+                for key, load in list(module._load_state_dict_pre_hooks.items()):  # which PyTorch leaves behind
+                    if isinstance(getattr(load, "hook", load), SpectralNormLoadStateDictPreHook):
+                        del module._load_state_dict_pre_hooks[key]
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    for module, mode in modes.items():
+        module.training = mode
+    return model
 
 
 def _out_of_inference(model: nn.Module) -> None:

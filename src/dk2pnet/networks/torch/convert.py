@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from dk2pnet.decompose.solve import Factors
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
-from dk2pnet.modules import copy_model, replace_modules
+from dk2pnet.modules import copy_model, make_weights_plain, replace_modules
 from dk2pnet.plan import LayerPlan, Plan
 
 __all__ = ["convert", "with_kernels"]
 
 
 def convert(model: nn.Module, plan: Plan, factors: Mapping[str, Factors] | None = None) -> nn.Module:
-    """A copy of `model` with a DK layer wherever `plan` gives a convolution kernels.
+    """A copy of `model` with a DK layer wherever `plan` gives a convolution kernels, and plain weights.
 
     Without `factors` the DK layers are empty, to be filled by ``load_state_dict``. `model` itself is not changed;
     the copy's modules are in the same modes.
     """
-    student = copy_model(model)
+    student = make_weights_plain(copy_model(model))
     modules = dict(student.named_modules(remove_duplicate=False))
     layers: dict[nn.Module, nn.Module] = {}
     for layer in plan.layers:

@@ -33,7 +33,7 @@ from dk2pnet.digest import digest_of
 from dk2pnet.errors import InputError, Refused, first_line
 from dk2pnet.layer import DKConv2d, set_fast_form, set_form
 from dk2pnet.measure import evaluation, macs, parameters
-from dk2pnet.modules import copy_model
+from dk2pnet.modules import copy_model, make_weights_plain
 from dk2pnet.networks.network import Corrections, Settings, Site, Solution
 from dk2pnet.networks.saved import load_student, save_student
 from dk2pnet.networks.torch.convert import with_kernels
@@ -139,7 +139,7 @@ class TorchNetwork:
             what = f"{example.dtype} of shape {tuple(example.shape)}" if isinstance(example, Tensor) else "no tensor"
             raise InputError(f"example_input is {what}; expected a float tensor (1, C, H, W)")
         self.given = self.given or self.model
-        self.model = copy_model(self.model).eval().to(run.device)
+        self.model = make_weights_plain(copy_model(self.model)).eval().to(run.device)
         for parameter in self.model.parameters():  # of a frozen one the students' layers would not be tuned
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)

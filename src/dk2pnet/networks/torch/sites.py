@@ -87,7 +87,7 @@ def _reason(site: Site, is_first: bool, tied: Sequence[str]) -> str:
         if "weight" in getattr(module, "parametrizations", ()):
             return "its weight is computed; take that out first (torch.nn.utils.parametrize.remove_parametrizations)"
         if module._forward_pre_hooks and "weight" not in module._parameters:
-            return "its weight is computed in a hook; take that out first (prune.remove, remove_weight_norm, ...)"
+            return "its weight is computed in a hook; take that out first"
         return f"{type(module).__name__} computes its weight or its output in a way of its own"
     if site.calls == 0:
         return "not used by the example input"
