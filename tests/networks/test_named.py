@@ -570,6 +570,15 @@ def test_check_finite():
         check_finite(model)
 
 
+@pytest.mark.parametrize(("given", "taken", "kind"), [(3, 1, "grey"), (1, 3, "coloured")])
+def test_weights_for_images_of_other_colours_are_called_that(tmp_path, given, taken, kind):
+    path = tmp_path / "weights.pt"
+    torch.save(make_network("resnet20", in_channels=given).state_dict(), path)
+    words = rf"they are for images of {given} channel\(s\), and these are {kind}: convert the images$"
+    with pytest.raises(InputError, match=words):
+        load_weights(make_network("resnet20", in_channels=taken), path)
+
+
 def test_check_finite_lets_masks_be_and_wants_shapes():
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.full((2, 2), -float("inf")), persistent=False)

@@ -53,8 +53,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     problems = misfits(own, state)
     if problems:
         raise InputError(
-            f"the weights in {path} do not fit the network ({'; '.join(problems)}); give the network and the number "
-            "of classes they belong to"
+            f"the weights in {path} do not fit the network ({'; '.join(problems)}); "
+            + (_of_other_colours(own, state) or "give the network and the number of classes they belong to")
         )
     # In the network's own precision: a number may be finite in float32 and infinite in float16.
     broken = _first_not_finite((key, value.to(own[key].dtype)) for key, value in state.items() if key in own)
@@ -216,6 +216,21 @@ def misfits(own: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     return [
         f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}" for what, keys in found if keys
     ]
+
+
+def _of_other_colours(own: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """What to do where the first convolution alone, but for classes, takes images of other colours; else ""."""
+    colours = (1, 3)
+    for key, value in state.items():
+        wanted = own.get(key)
+        if not (isinstance(value, Tensor) and isinstance(wanted, Tensor) and value.dim() == wanted.dim() == 4):
+            continue
+        given, taken = value.shape[1], wanted.shape[1]
+        if given != taken and given in colours and taken in colours and value.shape[2:] == wanted.shape[2:]:
+            kind = "grey" if taken == 1 else "coloured"
+            return f"they are for images of {given} channel(s), and these are {kind}: convert the images"
+        return ""
+    return ""
 
 
 def _shape(value: Any) -> str:
