@@ -22,6 +22,7 @@ from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.errors import InputError, first_line
 from dk2pnet.measure import outputs_of
 from dk2pnet.networks.network import Network
+from dk2pnet.networks.onnx.network import count_macs
 from dk2pnet.networks.torch.network import TorchNetwork
 from dk2pnet.options import CompressOptions
 from dk2pnet.plan import LayerPlan, Plan
@@ -39,6 +40,7 @@ INT8, PT2 = "model.int8.onnx", "model.pt2"
 # Ranges of activations settle after a few hundred images; the quantiser keeps every activation of each of its batches.
 _CALIBRATION_IMAGES = 256
 _SLOWER = 0.02  # more of the teacher's time than this is slower
+_FILLED = 0.02  # more multiply-adds than the plan's are worth a note
 
 
 def deliver(
@@ -68,7 +70,9 @@ def deliver(
         for side, content in files.items():
             metrics[side]["onnx_bytes"] = len(content)
             metrics[side] |= times[side]
-        metrics["notes"] = [*metrics["notes"], *notes_of_file(plan, times)]
+            metrics[side]["onnx_macs"] = count_macs(content, network.example, run.threads)
+        counted = metrics["teacher"]["onnx_macs"], metrics["student"]["onnx_macs"]
+        metrics["notes"] = [*metrics["notes"], *notes_of_file(plan, times, counted)]
         if not times["student"].get("latency_told", True) and metrics["latency_search"]:
             measured = metrics["latency_search"][-1]
             metrics["notes"].append(
@@ -144,8 +148,11 @@ def _write_fastest(folder: Path, teacher: Teacher, student: Network, plan: Plan,
     return chosen
 
 
-def notes_of_file(plan: Plan, timed: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a reader of the multiply-adds and the times has to know of the file that was written."""
+def notes_of_file(
+    plan: Plan, timed: Mapping[str, Mapping[str, Any]], counted: tuple[int | None, int | None] = (None, None)
+) -> list[str]:
+    """What a reader of the multiply-adds and the times has to know of the file that was written; `counted`: the
+    multiply-adds of the dense file, and of that one."""
     notes = []
     chosen = [layer.form for layer in plan.layers if layer.counts is not None and layer.form is not None]
     if "folded" in chosen:
@@ -153,6 +160,13 @@ def notes_of_file(plan: Plan, timed: Mapping[str, Mapping[str, Any]]) -> list[st
             f"{chosen.count('folded')} of {len(chosen)} layers of dominant kernels run as one dense convolution in "
             "model.onnx, which is faster there; the multiply-adds are those of their kernels"
         )
+    elif None not in counted and plan.macs and plan.macs_dense:
+        added = counted[1] - counted[0] - (plan.macs - plan.macs_dense)  # type: ignore[operator]
+        if added > _FILLED * plan.macs:
+            notes.append(
+                f"model.onnx does {added / plan.macs:.0%} more multiply-adds than the kernels ask for: groups of them "
+                "are filled up with zeros, which is faster there"
+            )
     if any(timed[side]["latency_noisy"] for side in ("teacher", "student")):
         notes.append("the machine was unsteady while times were taken: do not trust small differences of latency")
     elif is_slower(timed):

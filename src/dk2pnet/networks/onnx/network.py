@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from dk2pnet.networks.onnx.walk import Unsuitable, layer_of, reconstruct_onnx, w
 from dk2pnet.plan import Plan
 from dk2pnet.run.run import Run
 
-__all__ = ["OnnxNetwork"]
+__all__ = ["OnnxNetwork", "count_macs"]
 
 _LAYERS = "layers.safetensors"
 
@@ -413,6 +414,20 @@ class OnnxNetwork:
 
     def _proven(self, final: ModelProto, threads: int | None) -> tuple[bytes, float]:
         return proven(final, self.proto(), self.graph, self.layers, self.names, self.shapes, self.example, threads)
+
+
+def count_macs(content: bytes, example: Tensor | Feed, threads: int | None) -> int | None:
+    """Multiply-adds of one sample of a file that was written, counted anew; None where it cannot be read back."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "model.onnx"
+        path.write_bytes(content)
+        try:
+            network = OnnxNetwork.read(path)
+            feed = network.feed(example)
+            names = [name for node in network.graph.counted() for name in (*node.input, *node.output)]
+            return network.graph.macs(shapes_of(network.graph, feed, names, threads)) // feed.samples
+        except Exception:  # it was proven to run; what is missing is a figure
+            return None
 
 
 @dataclass(frozen=True)
