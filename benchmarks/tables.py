@@ -94,6 +94,21 @@ def export() -> str:
     return markdown_table(header, rows)
 
 
+def memory() -> str:
+    header = ("network", "--memory", "the network's own, as said", "peak", "minutes")
+    rows = [
+        (
+            row["network"],
+            f"{row['memory']:g} GiB",
+            f"{row['own_gib']:.1f} GiB",
+            f"{row['peak_gib']:.1f} GiB",
+            f"{row['seconds'] / 60:.0f}",
+        )
+        for row in read("memory")["rows"]
+    ]
+    return markdown_table(header, rows)
+
+
 def large_layers() -> str:
     rows = [
         (
@@ -733,6 +748,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "corrections-resnet32": corrections("resnet32"),
     "export": export,
     "large-layers": large_layers,
+    "memory": memory,
     "training-resnet32": training("resnet32"),
     "training-resnet44": training("resnet44"),
     "methods": methods,
