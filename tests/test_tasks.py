@@ -51,6 +51,7 @@ GUESSED = {
     "sigmoids": (noise(N, 6).sigmoid(), "multilabel"),
     "directions": (F.normalize(noise(N, 32)), "embed"),
     "features behind a ReLU": (noise(N, 128).relu(), "embed"),
+    "small features behind a ReLU": (noise(N, 128).relu() / 100, "embed"),
     "maps": (noise(N, 5, 4, 4), "regress"),
     "maps of probabilities": (noise(N, 5, 4, 4).softmax(1), "dense"),
     "one map": (torch.ones(N, 1, 4, 4), "regress"),

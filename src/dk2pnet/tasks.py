@@ -79,7 +79,7 @@ def guess(answers: Predictions) -> str:
         return "classify"
     if _labels_fit(answers):
         return "classify"
-    if seen.low >= 0 and seen.high <= 1:
+    if seen.low > 0 and seen.high <= 1:  # a zero comes from a ReLU, and from no sigmoid
         return "multilabel"
     if shapes[0][0] >= _FEATURES:  # scores have an offset of their own, so that they may all be positive
         return "embed" if 0 <= seen.low < 0.01 * seen.mean else "classify"

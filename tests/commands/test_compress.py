@@ -699,6 +699,29 @@ def test_a_network_whose_copy_is_not_one_of_its_own_is_refused(ran):
             assert compress(model, X, "kernels=1", criterion="response", tune=0).metrics["student"]
 
 
+class Lambda(nn.Module):
+    """Its last step is a function of its own, bound or not, with a weight."""
+
+    def __init__(self, bound):
+        super().__init__()
+        self.body, self.gain = net(), nn.Parameter(torch.ones(4))
+        self.last = self.scale if bound else lambda x: x * self.gain
+
+    def scale(self, x):
+        return x * self.gain
+
+    def forward(self, x):
+        return self.last(self.body(x))
+
+
+def test_a_copy_that_computes_with_the_originals_weights_is_refused():
+    """It answers alike as long as nobody changes the original."""
+    with pytest.raises(InputError, match="a copy of Lambda computes with weights of the network itself"):
+        compress(Lambda(bound=False).eval(), X, "kernels=1", criterion="response", tune=0)
+    found = compress(Lambda(bound=True).eval(), X, "kernels=1", criterion="response", tune=0)
+    assert found.model.last.__self__ is found.model
+
+
 class Dropped(nn.Module):
     """Dropout that forgets to ask for the mode."""
 

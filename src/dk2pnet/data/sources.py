@@ -273,7 +273,9 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
-    seen = {os.path.realpath(folder)}  # a link to a folder above would give its images twice
+    """Below the folder, links followed, but none to where it lies itself: there are other classes, and it once more."""
+    root = Path(os.path.realpath(folder))
+    seen = {str(each) for each in (root, *root.parents)}
     for place, folders, files in os.walk(folder, followlinks=True):
         within = {name: os.path.realpath(os.path.join(place, name)) for name in folders if not name.startswith(".")}
         folders[:] = [name for name, real in within.items() if real not in seen]

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dk2pnet import __version__, processes
 from dk2pnet.answers import Predictions, predict
@@ -207,6 +209,11 @@ class TorchNetwork:
         original = self._answers_of_the_original()
         if original is None:
             return
+        assert self.given is not None
+        with _Foreign(self.given, self.model) as foreign, evaluation(self.model):
+            self.model(self.example)
+        if foreign.found:
+            raise self._captured("computes with weights of the network itself")
         for x, wanted in zip(self._two_inputs(), original, strict=True):
             copied = predict(self.model, [(x, None)], self.device).outputs
             same = len(copied) == len(wanted.outputs)
@@ -226,11 +233,11 @@ class TorchNetwork:
         except Exception:
             return None
 
-    def _captured(self) -> InputError:
+    def _captured(self, what: str = "answers otherwise than the network itself") -> InputError:
         return InputError(
-            f"a copy of {type(self.given).__name__} answers otherwise than the network itself: a hook or a function in "
-            "it has captured the original, as forward hooks that write to self do, so that no student could be told "
-            "apart from it; let it take its feature maps in forward()"
+            f"a copy of {type(self.given).__name__} {what}: a hook or a function in it has captured the original, as "
+            "forward hooks that write to self and lambdas that read it do, so that no student could be told apart from "
+            "it; let forward() do that"
         )
 
     @property
@@ -464,6 +471,22 @@ class TorchLearner:
         if options.batch_norm == "frozen" or statistics_are_folded(self.teacher):
             return frozen
         return frozen + trained if max(self.example.shape[2:]) > SMALL else trained + frozen
+
+
+class _Foreign(TorchDispatchMode):
+    """Sees whether a copy computes with tensors of its original, as a function in it does that has captured that."""
+
+    def __init__(self, original: nn.Module, copied: nn.Module) -> None:
+        super().__init__()
+        theirs, mine = ({id(t): t for t in (*m.parameters(), *m.buffers())} for m in (original, copied))
+        self.places = {t.data_ptr() for t in theirs.values() if t.numel()} - {t.data_ptr() for t in mine.values()}
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, Tensor) and each.numel() and each.data_ptr() in self.places:
+                self.found = True
+        return func(*args, **(kwargs or {}))
 
 
 def write_onnx(model: nn.Module, plan: Plan, example: Tensor, path: Path, images: Sequence[Tensor] = ()) -> float:
