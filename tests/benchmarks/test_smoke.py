@@ -201,6 +201,17 @@ def test_peers(toy, tmp_path, monkeypatch):
 # -- networks by themselves --------------------------------------------------------------------------------------------
 
 
+def test_memory(monkeypatch):
+    import memory
+
+    few = memory.Noise(10, 16, 5)
+    monkeypatch.setitem(memory.NETWORKS, "dense", lambda *_: (resnet8(), few, {"calibration_images": 10}))
+    row = memory.one("dense", 1.0, None)
+    assert row["own_gib"] is not None
+    assert 0 <= row["peak_gib"] < 4
+    assert any("for the network itself" in said for said in row["said"])
+
+
 def test_large_layers(toy, monkeypatch):
     import large_layers
 
