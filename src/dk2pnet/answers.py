@@ -17,7 +17,7 @@ from dk2pnet.memory import Trimmer
 __all__ = ["Predictions", "class_numbers", "in_pairs", "predict"]
 
 # Bytes of answers to one set of samples that stay in memory: a thousand images of a thousand classes are 4 MB, two
-# hundred maps of 21 classes at 224 x 224 are 840. Of three sets at once: the teacher's and two students'.
+# hundred maps of 21 classes at 224 x 224 are 840. Three sets lie there at once: the teacher's, two students'.
 KEPT = 2**26
 _PART = 2**24  # bytes of answers that are compared at once, in float64 and with several results of each step
 

@@ -217,19 +217,24 @@ class _Messages(logging.Handler):
             stderr.print(_escaped(record.getMessage()), highlight=False, soft_wrap=True)
 
 
+_EVERY = 15.0  # seconds between lines about a step, where they go to a file
+
+
 class _Lines:
     """A line when a step ends, and every so many seconds of one that takes longer, with the time that is left."""
 
     def __init__(self) -> None:
-        self.step, self.begun, self.said = "", time.monotonic(), time.monotonic()
+        self.step, self.done = "", 0
+        self.begun = self.said = time.monotonic()
 
     def show(self, what: str, done: int, total: int) -> None:
         """As `Run.progress`."""
         now = time.monotonic()
         step = what.split(",")[0]
-        if step != self.step:
-            self.step, self.begun, self.said = step, now, now
-        ended = bool(total) and done >= total
+        if step != self.step or done < self.done:  # of a group of layers after another
+            self.step, self.begun, self.said, self.done = step, now, now, -1
+        ended = bool(total) and done >= total > self.done
+        self.done = done
         if not is_main() or not (ended or now - self.said >= _EVERY):
             return
         self.said = now
@@ -251,9 +256,6 @@ def _escaped(text: str) -> str:
 def _say(text: str) -> None:
     """Print as it is: brackets in a name are no markup, and long lines are left to the terminal."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-_EVERY = 15.0  # seconds between lines about a step, where they go to a file
 
 
 @contextmanager

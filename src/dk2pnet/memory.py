@@ -7,7 +7,6 @@ align: passes over batches of large maps grew a process by a gigabyte while a fe
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +23,7 @@ def _trim() -> Any:
     if not sys.platform.startswith("linux"):
         return None
     try:
-        return ctypes.CDLL(ctypes.util.find_library("c") or "libc.so.6").malloc_trim
+        return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):  # musl has none, and needs none
         return None
 

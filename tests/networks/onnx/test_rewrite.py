@@ -13,6 +13,7 @@ from dk2pnet.deploy.emit import EMITTED
 from dk2pnet.deploy.runtimes.onnxruntime import run_onnx, session
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d
+from dk2pnet.networks.onnx.fold import put_in_order
 from dk2pnet.networks.onnx.graph import part_of
 from dk2pnet.networks.onnx.network import OnnxNetwork
 from dk2pnet.networks.onnx.probe import probe
@@ -258,6 +259,26 @@ def test_what_others_read_of_a_folded_weight_stays_and_what_is_too_large_is_not_
     made.graph.initializer.extend([tensor("a", long), tensor("b", long.T)])
     made.graph.node.insert(0, helper.make_node("Mul", ["a", "b"], ["huge"]))
     assert reasons(made, tmp_path)["two"] == "its weight is computed (Mul)"
+
+
+def test_a_value_is_computed_once_however_many_ways_lead_to_it(tmp_path):
+    made, name = small(), "w2"
+    for level in range(30):  # two ways from each level to the next
+        made.graph.node.insert(3 * level, helper.make_node("Neg", [name], [f"p{level}"]))
+        made.graph.node.insert(3 * level + 1, helper.make_node("Abs", [name], [f"q{level}"]))
+        made.graph.node.insert(3 * level + 2, helper.make_node("Sub", [f"p{level}", f"q{level}"], [f"d{level}"]))
+        name = f"d{level}"
+    node(made, "two").input[1] = name
+    network = read_onnx(save(made, tmp_path))
+    assert {site.name: site.reason for site in network.sites}["two"] in ("", "its weight is not finite")
+
+
+def test_thousands_of_nodes_are_put_in_order_at_once():
+    names = ["x", *(f"t{number}" for number in range(20_000))]
+    nodes = [helper.make_node("Relu", [a], [b]) for a, b in zip(names, names[1:], strict=False)]
+    graph = helper.make_graph(nodes[::-1], "g", [], [])
+    assert put_in_order(graph)
+    assert [each.output[0] for each in graph.node] == names[1:]
 
 
 def test_nodes_out_of_order_are_put_in_order_unless_they_go_in_circles(tmp_path):

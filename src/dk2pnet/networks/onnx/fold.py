@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from dk2pnet.networks.onnx.graph import OURS, reads
 
@@ -34,6 +34,7 @@ def fold_weights(proto: ModelProto, constants: Mapping[str, TensorProto]) -> Non
     graph = proto.graph
     makers = {name: node for node in graph.node for name in node.output if name}
     taken = makers.keys() | {tensor.name for tensor in graph.initializer} | {value.name for value in graph.input}
+    values = _Values(proto, constants, makers)
     found: dict[str, str] = {}  # by tensor, the initialiser in its place
     for node in graph.node:
         if node.op_type != "Conv" or node.domain not in OURS:
@@ -42,7 +43,7 @@ def fold_weights(proto: ModelProto, constants: Mapping[str, TensorProto]) -> Non
             if place == 0 or not name or name in constants or name not in makers:
                 continue
             if name not in found:
-                value = _value(name, constants, makers, proto, 0)
+                value = values.of(name)
                 if value is None:
                     continue
                 new = next(text for n in range(len(taken) + 1) if (text := f"{name}/folded{n or ''}") not in taken)
@@ -55,56 +56,71 @@ def fold_weights(proto: ModelProto, constants: Mapping[str, TensorProto]) -> Non
 
 def put_in_order(graph: GraphProto) -> bool:
     """Every node behind those whose tensors it reads, else as they were; False where some read each other's."""
-    given = {name for node in graph.node for name in node.output if name}
-    waiting, known, ordered = list(graph.node), set[str](), []
-    while waiting:
-        ready = []
-        for node in waiting:
-            if not ((reads(node) & given) - known):
-                ordered.append(node)
-                known.update(node.output)
-            else:
-                ready.append(node)
-        if len(ready) == len(waiting):
-            return False
-        waiting = ready
-    if ordered != list(graph.node):
-        copies = [NodeProto.FromString(node.SerializeToString()) for node in ordered]
-        del graph.node[:]
-        graph.node.extend(copies)
+    maker = {name: number for number, node in enumerate(graph.node) for name in node.output if name}
+    needs = [{maker[name] for name in reads(node) if name in maker} for node in graph.node]
+    if all(number > max(before, default=-1) for number, before in enumerate(needs)):
+        return True
+    readers: dict[int, list[int]] = {}
+    for number, before in enumerate(needs):
+        for other in before:
+            readers.setdefault(other, []).append(number)
+    waiting = [len(before) for before in needs]
+    ready = [number for number, count in enumerate(waiting) if not count]
+    ordered = []
+    while ready:
+        number = heappop(ready)
+        ordered.append(NodeProto.FromString(graph.node[number].SerializeToString()))
+        for reader in readers.get(number, ()):
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                heappush(ready, reader)
+    if len(ordered) < len(needs):
+        return False
+    del graph.node[:]
+    graph.node.extend(ordered)
     return True
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _value(
-    name: str, constants: Mapping[str, TensorProto], makers: Mapping[str, NodeProto], proto: ModelProto, depth: int
-) -> np.ndarray | None:
-    """The tensor's value; None where it is not known, or would be too large."""
-    if not name:
-        return None
-    if name in constants:
-        return numpy_helper.to_array(constants[name])
-    node = makers.get(name)
-    if node is None or node.op_type not in _FOLDED or node.domain not in OURS or depth > _DEEPEST:
-        return None
-    values = {each: _value(each, constants, makers, proto, depth + 1) for each in node.input if each}
-    arrays = [value for value in values.values() if value is not None]
-    if len(arrays) < len(values) or not _is_small(node, arrays):
-        return None
-    part = helper.make_graph(
-        [node],
-        "part",
-        [_declared(each, value) for each, value in values.items() if value is not None],
-        [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None)],
-    )
-    model = helper.make_model(part, opset_imports=proto.opset_import)
-    try:
-        results: Any = ReferenceEvaluator(model).run([name], values)
-    except Exception:  # whatever numpy says: the probe says what is wrong with the file
-        return None
-    return results[0] if isinstance(results[0], np.ndarray) else None
+class _Values:
+    """Tensors that hang on `constants` alone, each computed once."""
+
+    def __init__(
+        self, proto: ModelProto, constants: Mapping[str, TensorProto], makers: Mapping[str, NodeProto]
+    ) -> None:
+        self.proto, self.constants, self.makers = proto, constants, makers
+        self.known: dict[str, np.ndarray | None] = {}
+
+    def of(self, name: str, depth: int = 0) -> np.ndarray | None:
+        """The tensor's value; None where it is not known, or would be too large."""
+        if name not in self.known:
+            constant = self.constants.get(name)
+            found = numpy_helper.to_array(constant) if constant is not None else self._computed(name, depth)
+            self.known[name] = found
+        return self.known[name]
+
+    def _computed(self, name: str, depth: int) -> np.ndarray | None:
+        node = self.makers.get(name)
+        if node is None or node.op_type not in _FOLDED or node.domain not in OURS or depth > _DEEPEST:
+            return None
+        values = {each: self.of(each, depth + 1) for each in node.input if each}
+        arrays = {each: value for each, value in values.items() if value is not None}
+        if len(arrays) < len(values) or not _is_small(node, list(arrays.values())):
+            return None
+        inputs = [_declared(each, value) for each, value in arrays.items()]
+        outputs = [helper.make_tensor_value_info(name, TensorProto.UNDEFINED, None)]
+        model = helper.make_model(
+            helper.make_graph([node], "part", inputs, outputs), opset_imports=self.proto.opset_import
+        )
+        from onnx.reference import ReferenceEvaluator  # which takes long to import
+
+        try:
+            results: Any = ReferenceEvaluator(model).run([name], arrays)
+        except Exception:  # whatever numpy says: the probe says what is wrong with the file
+            return None
+        return results[0] if isinstance(results[0], np.ndarray) else None
 
 
 def _declared(name: str, value: np.ndarray) -> Any:
