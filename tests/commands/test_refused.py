@@ -110,3 +110,16 @@ def test_networks_made_in_inference_mode_are_taken(tune):
     assert isinstance(result.model[2], DKConv2d)
     assert not any(p.is_inference() for p in result.model.parameters())
     assert all(p.is_inference() for p in model.parameters())
+
+
+class Scale(nn.Module):
+    """Has nothing to learn."""
+
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_scripted_part_without_weights_is_no_obstacle():
+    whole = net()
+    model = nn.Sequential(whole[0], torch.jit.script(Scale()), *whole[1:]).eval()
+    assert compress(model, X, "kernels=1", criterion="response", tune=0).metrics["student"]

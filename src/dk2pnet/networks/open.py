@@ -55,7 +55,7 @@ def check_model(model: object) -> None:
         raise InputError(f"model is of type {type(model).__name__}; {expected}")
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
                 part = f"{name!r} of the network" if name else "the network"
                 raise InputError(
                     f"{part} is TorchScript, in which no convolution can be replaced; give the module it was made of, "

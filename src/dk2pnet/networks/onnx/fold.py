@@ -25,7 +25,7 @@ _FOLDED = {
     *("Sub", "Transpose", "Unsqueeze"),
 }
 _MOST = 2**28  # numbers in what is computed
-_DEEPEST = 32  # nodes one behind the other
+_DEEPEST = 100  # nodes one behind the other
 
 
 def fold_weights(proto: ModelProto, constants: Mapping[str, TensorProto]) -> None:
@@ -57,6 +57,8 @@ def fold_weights(proto: ModelProto, constants: Mapping[str, TensorProto]) -> Non
 def put_in_order(graph: GraphProto) -> bool:
     """Every node behind those whose tensors it reads, else as they were; False where some read each other's."""
     maker = {name: number for number, node in enumerate(graph.node) for name in node.output if name}
+    if len(maker) < sum(bool(name) for node in graph.node for name in node.output):
+        return True  # one is given twice, which is no matter of order
     needs = [{maker[name] for name in reads(node) if name in maker} for node in graph.node]
     if all(number > max(before, default=-1) for number, before in enumerate(needs)):
         return True
