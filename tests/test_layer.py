@@ -512,3 +512,19 @@ def test_padding_that_was_set_afterwards_pads_as_the_convolution_does(mode):
         torch.testing.assert_close(layer(x), conv(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.to_dense()(x), conv(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain_model(nn.Sequential(layer))(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_tool_that_folds_batch_norms_by_reading_the_weight_is_right_or_refused():
+    """It gives a dense convolution of its own the folded weight, or sets weight and bias of the one that is there."""
+    layer, norm = DKConv2d(4, 6, 3, padding=1, bias=False, counts=2), nn.BatchNorm2d(6).eval()
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    nn.init.normal_(norm.bias)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    dense = nn.Conv2d(4, 6, 3, padding=1)
+    with torch.no_grad():
+        dense.weight.copy_(layer.weight * scale.view(-1, 1, 1, 1))
+        dense.bias.copy_(norm.bias - norm.running_mean * scale)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(dense(x), norm(layer(x)))
+    with pytest.raises(RuntimeError, match="fold batch norms before compressing"):
+        layer.register_parameter("bias", nn.Parameter(dense.bias.detach()))

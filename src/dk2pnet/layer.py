@@ -153,6 +153,16 @@ class DKConv2d(nn.Module):
         """Kernels per branch, most dominant branch first."""
         return [branch.stop - branch.start for branch in self._branches]
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module, but for a bias that a layer without one is given afterwards, as by a tool that folds
+        batch norms into ``conv.weight``: that is not kept here, and the bias alone would be wrong."""
+        if name == "bias" and param is not None and "bias" in self.__dict__:  # where None stands
+            raise RuntimeError(
+                "a layer of dominant kernels was made without a bias and is given one, as by a tool that folds batch "
+                "norms into conv.weight, which cannot be set here; fold batch norms before compressing"
+            )
+        super().register_parameter(name, param)
+
     def reset_parameters(self) -> None:
         """Draw kernels of about unit norm and a combination as PyTorch draws a 1x1 convolution's."""
         if self.kernels.is_meta:

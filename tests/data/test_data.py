@@ -515,14 +515,15 @@ def test_a_split_beside_something_else_is_not_taken_for_a_class(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("names", [("images", "masks"), ("jpegs", "labels"), ("leftImg8bit", "gtFine")])
 @pytest.mark.parametrize("inside", ["", "train"])
-def test_masks_are_no_class(tmp_path, inside):
-    for name in ("images", "masks"):
+def test_masks_are_no_class(tmp_path, inside, names):
+    for name in names:
         save(tmp_path / inside / name / "0.png", pixels(1)[0])
-    with pytest.raises(InputError, match=r"holds images/, masks/: images and, by their name, masks.*alone: .*images$"):
+    with pytest.raises(InputError, match=rf"images and, by their name, masks.*alone: .*{names[0]}$"):
         load(tmp_path)
-    (tmp_path / inside / "images").rename(tmp_path / inside / "no_mask")  # faces with and without
-    (tmp_path / inside / "masks").rename(tmp_path / inside / "mask")
+    (tmp_path / inside / names[0]).rename(tmp_path / inside / "no_mask")  # faces with and without
+    (tmp_path / inside / names[1]).rename(tmp_path / inside / "mask")
     assert load(tmp_path).classes == ["mask", "no_mask"]
 
 

@@ -35,8 +35,14 @@ _SPLITS = {name: name for name in ("train", *_TEST)} | {"training": "train", "te
 _SHARD = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-(?P<total>\d{5})(-[0-9a-f]+)?\.parquet")
 
 # Folders of a data set of segmentation, in small letters.
-_PICTURES = {"image", "images", "img", "imgs", "jpegimages", "photos", "rgb"}
-_MASKS = {"annotation", "annotations", "gt", "labels", "mask", "masks", "segmentation", "segmentationclass", "trimaps"}
+_PICTURES = {
+    *("frames", "image", "images", "img", "imgs", "input", "inputs", "jpegimages", "jpegs", "jpgs", "leftimg8bit"),
+    *("photos", "pictures", "rgb"),
+}
+_MASKS = {
+    *("annotation", "annotations", "groundtruth", "ground_truth", "gt", "gtfine", "label", "labels", "mask", "masks"),
+    *("seg", "segmentation", "segmentationclass", "segmentations", "target", "targets", "trimaps"),
+}
 
 _IMAGE_FILES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 

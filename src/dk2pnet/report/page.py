@@ -132,7 +132,8 @@ def _summary(metrics: Mapping[str, Any]) -> str:
             "(root mean square, relative)."
         )
     if is_measured(student.get("agreement")):
-        text += f" It gives the teacher's answer on {percent(student['agreement'])} of the held-out images."
+        which = "held-out" if student.get("accuracy") is None else "test"
+        text += f" It gives the teacher's answer on {percent(student['agreement'])} of the {which} images."
     return text
 
 

@@ -1,5 +1,5 @@
-"""What the report says of a network: accuracy on the test split, agreement on the held-out samples, and how far its
-outputs are from the teacher's."""
+"""What the report says of a network: accuracy and agreement on the test split, where there is one, else agreement on
+the held-out samples; on these also how far its outputs are from the teacher's."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ class Figures:
             samples.counts["test"] = len(answers)
             if tasks.has_accuracy(answers):
                 figures["accuracy"] = tasks.accuracy(answers)
+                # Side by side with it, so of the same images.
+                if network is not self.teacher.network and "teacher" in self.test:
+                    figures["agreement"] = tasks.agreement(self.test["teacher"], answers)
         return figures
 
 
