@@ -203,8 +203,13 @@ def test_what_arrays_cannot_decide(tmp_path):
     path, data = save(classifier(), tmp_path), inputs(tmp_path, x=smooth(60))
     with pytest.raises(InputError, match="needs labelled images, and these have none"):
         compress(path, data, "drop=2", threads=1, tune=0)
-    for more in ({"holdout": str(tmp_path)}, {"holdout": [torch.zeros(4, 3, 9, 9)]}, {"holdout_split": "test"}):
-        with pytest.raises(InputError, match=r"inputs.npz decide; a holdout goes with images: leave it away"):
+    arrays = "inputs.npz, so the holdout has to be arrays too; give --holdout X.npz"
+    for more, said in (
+        ({"holdout": str(tmp_path)}, arrays),
+        ({"holdout": [torch.zeros(4, 3, 9, 9)]}, arrays),
+        ({"holdout_split": "test"}, "inputs.npz decide; a holdout split is of images: give --holdout X.npz"),
+    ):
+        with pytest.raises(InputError, match=said):
             compress(path, data, "error=0.02", threads=1, tune=0, **more)
 
 

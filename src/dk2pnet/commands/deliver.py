@@ -209,8 +209,8 @@ def write_int8(
 
     `whole`: the files take whole batches only; `task`: of the teacher.
     Returns one row each: `network`, `numbers` (fp32 or int8), `accuracy` on the test split (None without one),
-    `agreement` with the teacher's fp32 answers on held-out samples (None where the task has no classes, and instead the
-    `relative_error` in percent), `bytes`, `latency_ms` in ONNX Runtime.
+    `agreement` with the teacher's fp32 answers there, or else on held-out samples (None where the task has no classes,
+    and instead the `relative_error` in percent), `bytes`, `latency_ms` in ONNX Runtime.
     """
     contents: dict[tuple[str, str], bytes] = {}
     for name, content in files.items():
@@ -222,16 +222,19 @@ def write_int8(
     times = compare_latency(networks, example, threads=run.threads)
     rows = []
     reference: Predictions | None = None
+    on_test: Predictions | None = None
     for (name, kind), content in contents.items():
         held = _predict(content, samples.held_out, run.threads, task)
         reference = reference or held
-        right = None
+        right, same = None, agreement(reference, held)
         if samples.test is not None and task == "classify":
             run.progress(f"evaluating: {name} {kind}", 0, 0)
             answers = _predict(content, samples.test, run.threads, task)
-            right = accuracy(answers) if has_accuracy(answers) else None
+            on_test = on_test or answers
+            if has_accuracy(answers):
+                right, same = accuracy(answers), agreement(on_test, answers)
         row: dict[str, Any] = {"network": name, "numbers": kind, "accuracy": right}
-        row |= {"agreement": agreement(reference, held), "bytes": len(content)}
+        row |= {"agreement": same, "bytes": len(content)}
         row |= {"latency_ms": times[f"{name} {kind}"].median_ms}
         if row["agreement"] is None:
             row["relative_error"] = 100 * squared_error(reference, held) ** 0.5
