@@ -23,6 +23,7 @@ _STACK_BYTES = 64 * 2**20
 # A sweep over a layer of 512 channels takes most of a second, and the first sweeps bring nearly all: layers whose A is
 # larger than this stop after a few.
 _LARGE_BYTES, _LARGE_SWEEPS = 32 * 2**20, 8
+_AT_ONCE = 2**21  # numbers of A that are multiplied by kernels at once
 
 
 @dataclass(frozen=True)
@@ -302,22 +303,24 @@ class _Descent:
         """Row r: ``k_r A[source_r, channel]``, (G, R + 1, q)."""
         assert self.A is not None
         rows = self.A[:, channel]  # (G, q, C, q)
-        if self.G == 1:
-            rows = rows[0].index_select(1, self.source[0]).unsqueeze(0)
-        else:
+        if self.G > 1:
             rows = rows.gather(2, self.source.view(self.G, 1, -1, 1).expand(-1, self.q, -1, self.q))
-        return (rows * self.K.unsqueeze(1)).sum(3).transpose(1, 2)
+            return (rows * self.K.unsqueeze(1)).sum(3).transpose(1, 2)
+        step = max(_AT_ONCE // self.q**2, 1)  # a wide layer's rows of all kernels would be many times its A
+        parts = [slice(start, start + step) for start in range(0, self.R + 1, step)]
+        found = [(rows[0].index_select(1, self.source[0, part]) * self.K[0, part]).sum(2) for part in parts]
+        return (found[0] if len(found) == 1 else torch.cat(found, 1)).T.unsqueeze(0)
 
     def _products(self, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``K A K'`` (G, R + 1, R + 1) and ``target K'`` (G, N, R + 1)."""
+        """``K A K'`` (G, R + 1, R + 1) and ``target K'`` (G, N, R + 1), channel by channel."""
         target = self.target if target is None else target
-        rows = torch.stack([self._kernel_moments(channel) for channel in range(self.C)], 2)  # (G, R + 1, C, q)
-        gram, cross = self.P.new_empty(self.G, self.R + 1, self.R + 1), torch.empty_like(self.P)
-        for g in range(self.G):
-            for start in range(0, self.R + 1, 64):
-                part = slice(start, start + 64)
-                gram[g, part] = (rows[g, part].index_select(1, self.source[g]) * self.K[g]).sum(2)
-                cross[g, :, part] = (target[g].index_select(1, self.source[g, part]) * self.K[g, part]).sum(2)
+        gram, cross = self.P.new_zeros(self.G, self.R + 1, self.R + 1), torch.zeros_like(self.P)
+        for channel in range(self.C):
+            slots = self.slots[:, channel]
+            mine = self.K.gather(1, slots.unsqueeze(2).expand(-1, -1, self.q)).transpose(1, 2)  # the dummy's are zero
+            found = self._kernel_moments(channel) @ mine
+            gram.scatter_(2, slots.unsqueeze(1).expand(-1, self.R + 1, -1), found)
+            cross.scatter_(2, slots.unsqueeze(1).expand(-1, self.N, -1), target[:, :, channel] @ mine)
         return gram, cross
 
     def _error(self, gram: Tensor, cross: Tensor) -> Tensor:
