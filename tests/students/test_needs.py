@@ -17,7 +17,7 @@ def test_weights_and_maps_by_hand():
     one, two = (3 + 4) * 36 + 8 * 36, 4 * 36 + 8 * 16 + 16 * 16
     weights = 4 * 4 * (3 * 4 * 9 + 4 * 8 * 9)
     assert own_bytes(network, sites, 5, 0) == weights + 4 * 5 * 3 * one
-    assert own_bytes(network, sites, 5, 100) == weights + 4 * 100 * (one + two)
+    assert own_bytes(network, sites, 5, 100) == 2 * weights + 4 * 100 * (one + two + max(one, two))
     sites[0].reason = "stays dense"
     assert own_bytes(network, sites, 1, 0) == weights + 4 * 3 * two
     assert own_bytes(network, [], 1, 0) == weights

@@ -10,6 +10,7 @@ from dk2pnet.networks.patches import geometry_of
 __all__ = ["own_bytes"]
 
 _NETWORKS = 4  # at one time: the teacher, a student, its correction, and what is written
+_LEARNING = 4  # more while one is tuned: gradients, what the optimiser keeps of them, the best state so far
 _AT_ONCE = 3  # of the largest maps: a runtime lays them out anew, and puts those of several branches together
 
 
@@ -22,8 +23,9 @@ def own_bytes(network: Network, sites: Iterable[Site], batch: int, tuned: int) -
     """
     maps = [4 * (site.activation + _features(site)) for site in sites]
     running = batch * _AT_ONCE * max(maps, default=0)
-    learning = tuned * sum(maps)
-    return _NETWORKS * 4 * network.parameters + max(running, learning)
+    learning = tuned * (sum(maps) + max(maps, default=0))  # the teacher's beside them, of one layer at a time
+    networks = _NETWORKS + (_LEARNING if tuned else 0)
+    return networks * 4 * network.parameters + max(running, learning)
 
 
 def _features(site: Site) -> int:
