@@ -95,14 +95,13 @@ def export() -> str:
 
 
 def memory() -> str:
-    header = ("network", "--memory", "the network's own, as said", "peak", "minutes")
+    header = ("network", "--memory", "the network's own, as said", "peak")
     rows = [
         (
             row["network"],
             f"{row['memory']:g} GiB",
             f"{row['own_gib']:.1f} GiB",
             f"{row['peak_gib']:.1f} GiB",
-            f"{row['seconds'] / 60:.0f}",
         )
         for row in read("memory")["rows"]
     ]
