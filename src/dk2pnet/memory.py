@@ -44,42 +44,19 @@ class Shares:
     each), and the matrices of the layers for which there are samples enough, which are small then.
     """
 
-    total: int
+    images: int  # images that are kept: decoded ones, or a user's own
+    statistics: int  # of layers that are gathered in one pass
+    kept: int  # statistics that stay in memory until all is done; further ones go to disk
+    layer: int  # the matrices of one layer while it is solved
+    batch: int  # the maps of one batch, where its size is chosen here
+    ways: int  # maps on their way through both networks, and samples taken from them
 
     @classmethod
     def of(cls, gib: float) -> Shares:
         """Of ``--memory``."""
-        return cls(int(gib * 2**30))
-
-    @property
-    def images(self) -> int:
-        """Images that are kept: decoded ones, or a user's own."""
-        return self.total // 4
-
-    @property
-    def statistics(self) -> int:
-        """Of layers that are gathered in one pass."""
-        return self.total // 2
-
-    @property
-    def kept(self) -> int:
-        """Of statistics that stay in memory until all is done; further ones go to disk."""
-        return self.total // 8
-
-    @property
-    def layer(self) -> int:
-        """Of the matrices of one layer while it is solved."""
-        return self.total // 2
-
-    @property
-    def batch(self) -> int:
-        """Of the maps of one batch, where its size is chosen here."""
-        return self.total // 4
-
-    @property
-    def ways(self) -> int:
-        """Of maps that are kept on their way through both networks, and of samples taken from them."""
-        return self.total // 2
+        total = int(gib * 2**30)
+        half, quarter = total // 2, total // 4
+        return cls(images=quarter, statistics=half, kept=total // 8, layer=half, batch=quarter, ways=half)
 
 
 class Trimmer:

@@ -105,7 +105,6 @@ def compress(
             _check_numbers(teacher)
         if teacher.samples is None and chosen.int8:
             raise InputError("int8 needs images to calibrate on and none were given; give --data, or leave --int8 away")
-        own = teacher.own
         recipe = recipe_of({"model": model, "data": data, "budget": wanted}, chosen)
         folder = None
         if out is not None and (chosen.epochs or teacher.tuning.wanted or wanted.in_points):
@@ -150,7 +149,7 @@ def compress(
                 "task": teacher.task,
                 "budget": str(wanted),
                 "images": teacher.samples.counts if teacher.samples else {},
-                "memory": {"bound_gib": chosen.memory, "own_gib": None if own is None else round(own / 2**30, 2)},
+                "memory": {"bound_gib": chosen.memory, "own_gib": teacher.own and round(teacher.own / 2**30, 2)},
                 "seconds": work.clock.seconds,
                 **environment(work.device),
             },
