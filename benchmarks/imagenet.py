@@ -8,9 +8,10 @@
 validation images, or any labelled ones of the same 1,000 classes. --calibration-data: images without labels, never
 those. Minutes are of tuning alone, on this machine; 0 is the closed form with all that `dk2pnet compress --tune 0`
 does. The closed form of a budget is made once. --without takes one thing away: ``recipe`` tunes at the rate and the
-batch norm of CIFAR, unasked; ``augmentation`` on the images as they are; ``corrections`` from kernels as they were
-solved, with the teacher's batch norms; ``first`` leaves the first convolution dense, and the others pay. Killed, the
-command goes on: students lie in --runs. Writes benchmarks/results/imagenet-MODEL.json.
+batch norm of CIFAR, unasked; ``augmentation`` on the images as they are; ``windows`` on whole crops in place of smaller
+ones; ``corrections`` from kernels as they were solved, with the teacher's batch norms; ``first`` leaves the first
+convolution dense, and the others pay. Killed, the command goes on: students lie in --runs. Writes
+benchmarks/results/imagenet-MODEL.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import resource
 import time
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from dk2pnet.tasks import accuracy, agreement, divergence
 from dk2pnet.training.trainer import TUNING
 
 _KEYS = ("budget", "minutes", "seed", "without")
-_PARTS = ("recipe", "augmentation", "corrections", "first")
+_PARTS = ("recipe", "augmentation", "windows", "corrections", "first")
 
 
 def key(row: Any) -> tuple:
@@ -113,6 +115,8 @@ def measure(options: Namespace, seed: int, missing: list[tuple[float, float]], r
     about = about_of(options, teacher, answers, run)
     with Prober(teacher, None, run) as prober:
         tuner = Tuner(teacher, run, TUNING) if without == "recipe" else Tuner(teacher, run)
+        if without == "windows":
+            tuner.source = replace(tuner.source, crop=replace(tuner.source.crop, window=1.0))
         if without == "corrections":
             network.corrections = lambda *_: iter(())  # type: ignore[method-assign]
         for value, minutes in missing:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from dk2pnet.data import ImageData, Normalization, UserBatches, calibration_split, has_split, load, split_training
+from dk2pnet.data import Crop, ImageData, Normalization, UserBatches, calibration_split, has_split, load, split_training
 from dk2pnet.data import images as module
 from dk2pnet.errors import InputError
 
@@ -417,6 +417,13 @@ def test_large_crops_are_mirrored_only_if_natural(tmp_path):
         x = gathered(load(tmp_path).batches(4, PLAIN, augment=augment, workers=0))
         assert x.shape == (16, 1, 100, 100)
         assert {bool(image[0, 0, 0] < image[0, 0, -1]) for image in x} == kinds
+
+
+def test_a_window_is_decoded_in_its_size(tmp_path):
+    for images in (large(tmp_path), large(tmp_path).kept(2**29)):
+        batches = images.batches(2, PLAIN3, augment="natural", crop=Crop(0.5, 0.5), workers=0)
+        assert gathered(batches).shape == (5, 3, 32, 32)
+        assert gathered(images.batches(2, PLAIN3, crop=Crop(0.5, 0.5), workers=0)).shape == (5, 3, 70, 70)  # whole
 
 
 def test_kept_large_images_are_the_same_and_decoded_once(tmp_path, monkeypatch):

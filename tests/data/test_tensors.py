@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dk2pnet.data import Crop
 from dk2pnet.data.tensors import TensorImages, image_like, images_of
 
 NUMBERED = [(torch.arange(start, start + 6.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), None) for start in (0, 6, 12)]
@@ -48,13 +49,42 @@ def test_images_of_several_sizes_are_not_put_together():
 def test_augmented_images_are_parts_of_the_images(size, augment):
     """Columns hold their number: a crop keeps the order of the columns, a mirror turns it round."""
     columns = torch.arange(float(size)).expand(24, 3, size, size)
-    x = torch.cat(seen(TensorImages([(columns, None)], 1e9), batch_size=24, augment=augment, least=0.5))
+    x = torch.cat(seen(TensorImages([(columns, None)], 1e9), batch_size=24, augment=augment, crop=Crop(0.5)))
     assert x.shape == columns.shape
     assert float(x.min()) >= 0
     assert float(x.max()) <= size - 1
     assert not torch.equal(x, columns)
     middle = x[:, 0, size // 2, size // 4 : -size // 4].diff(dim=1).mean(1).sign()
     assert set(middle.tolist()) == ({1.0, -1.0} if augment == "natural" else {1.0})
+
+
+@pytest.mark.parametrize(
+    ("window", "whole", "size"),
+    [
+        (1, (224, 225), (224, 225)),
+        (5 / 7, (224, 224), (160, 160)),
+        (5 / 7, (720, 1280), (512, 928)),
+        (5 / 7, (80, 65), (64, 32)),
+        (5 / 7, (33, 20), (32, 20)),
+    ],
+)
+def test_the_size_of_a_window(window, whole, size):
+    assert Crop(window=window).size_of(whole) == size
+
+
+def test_in_a_window_things_are_as_large_as_in_the_whole():
+    """Channels hold the row and the column of every pixel: those of a window lie as close as before, but for its
+    aspect, and the windows together reach over the image."""
+    side = torch.arange(140.0)
+    image = torch.stack([side.view(-1, 1).expand(140, 140), side.expand(140, 140)])
+    crop = Crop(least=1.0, window=0.5)
+    batches = [(torch.cat([image, image[:1]]).expand(64, -1, -1, -1), None)]
+    (x,) = seen(TensorImages(batches, 1e9), batch_size=64, augment="digits", crop=crop)
+    assert x.shape[2:] == (64, 64)
+    steps = x[:, 0].diff(dim=1)[:, 8:-8].mean((1, 2)) * x[:, 1].diff(dim=2)[:, :, 8:-8].mean((1, 2))
+    torch.testing.assert_close(steps, torch.ones(64), atol=0.05, rtol=0)  # the area of a pixel
+    assert float(x[:, 1].min()) < 10
+    assert float(x[:, 1].max()) > 130
 
 
 def test_what_is_filled_in_is_black_whatever_the_normalisation():

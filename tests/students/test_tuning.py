@@ -373,6 +373,31 @@ def test_a_network_without_batch_norm_has_one_recipe_at_the_usual_rate(error, wa
     assert [recipe.rate for recipe in recipes] == [wanted]
 
 
+def _of_large_images(*head):
+    torch.manual_seed(0)
+    stages = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU()]
+    return nn.Sequential(*stages, *head).eval()
+
+
+@pytest.mark.parametrize(
+    ("head", "side", "augment", "seen"),
+    [
+        ([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)], 96, None, 64),
+        ([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)], 96, "none", 96),
+        ([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)], 64, None, 64),
+        ([nn.Flatten(), nn.Linear(4 * 24 * 24, 3)], 96, None, 96),  # a weight for every position
+        ([nn.Upsample(scale_factor=4)], 96, None, 64),
+        ([nn.Upsample((24, 24))], 96, None, 96),  # maps whose size is fixed belong to other stages
+    ],
+)
+def test_steps_on_large_images_see_windows_of_them_where_the_network_can(head, side, augment, seen):
+    batches = [torch.rand(20, 3, side, side) for _ in range(2)]
+    options = CompressOptions(tune=5, calibration_images=40, augment=augment)
+    tuner = tune.Tuner(Teacher.open(_of_large_images(*head), batches, options, Run()), Run())
+    x, _ = next(iter(tuner.source.epoch(0, tuner.options)))
+    assert x.shape[2:] == (seen, seen)
+
+
 def test_single_images_that_are_not_kept_freeze_batch_norm():
     singles = [part for x in X for part in x.split(1)]
     teacher = Teacher.open(net(), singles, CompressOptions(tune=5, calibration_images=160, memory=1e-9), Run())

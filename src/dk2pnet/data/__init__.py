@@ -10,14 +10,15 @@ Images come through Hugging Face `datasets`, from the hub or from a folder in th
 of images. Nothing heavy is imported before it is needed.
 """
 
-from dk2pnet.data.images import AUGMENTATIONS, SMALLEST_CROP, Batches, ImageData, Normalization
+from dk2pnet.data.images import AUGMENTATIONS, USUAL_CROP, Batches, Crop, ImageData, Normalization
 from dk2pnet.data.sources import has_split, load
 from dk2pnet.data.splits import UserBatches, calibration_split, part_of_split, split_training
 
 __all__ = [
     "AUGMENTATIONS",
-    "SMALLEST_CROP",
+    "USUAL_CROP",
     "Batches",
+    "Crop",
     "ImageData",
     "Normalization",
     "UserBatches",

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AUGMENTATIONS",
     "SMALL",
-    "SMALLEST_CROP",
+    "USUAL_CROP",
     "Batches",
+    "Crop",
     "ImageData",
     "Normalization",
     "Rows",
@@ -39,11 +40,12 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-SMALLEST_CROP = 0.08  # share of the area that a random crop of a large image keeps at least, as is usual
+_LEAST = 0.08  # as is usual
 
 _DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}  # names of data sets
 SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
 
+_STRIDE = 32  # of most networks: sides that they halve without a rest
 _SOME = 16  # images that are looked at for colour
 _AT_ONCE = 32  # of them decoded by a worker at once
 _CHUNK = 512  # rows read from a data set at once
@@ -149,7 +151,35 @@ class Normalization:
 
 def _in_steps(side: float) -> int:
     """A whole number; of a large side the nearest that halves five times, as most networks ask for."""
-    return round(side / 32) * 32 if side > SMALL else max(round(side), 1)
+    return round(side / _STRIDE) * _STRIDE if side > SMALL else max(round(side), 1)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A random part of a large image: of at least the share `least` of its area, resized to the image's size; below 1
+    `window` is the share of both sides that is cut out of that, with things as large as they were."""
+
+    least: float = _LEAST
+    window: float = 1.0
+
+    def size_of(self, whole: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what is cut out of images of that size; below it in steps of `_STRIDE`."""
+        if self.window == 1:
+            return whole
+        height, width = (min(max(round(side * self.window / _STRIDE), 1) * _STRIDE, side) for side in whole)
+        return height, width
+
+    def of(self, whole: tuple[int, int], augment: str) -> Callable[[Image], Image]:
+        """Cuts it out of a picture or a tensor of that size, and mirrors half of them; from the global generator."""
+        from torchvision.transforms import v2
+
+        size = self.size_of(whole)
+        share = math.prod(size) / math.prod(whole)
+        cut = v2.RandomResizedCrop(size, scale=(self.least * share, share), antialias=True)
+        return v2.Compose([cut, v2.RandomHorizontalFlip()]) if augment == "natural" else cut
+
+
+USUAL_CROP = Crop()
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,22 +245,23 @@ class Rows:
                     )
                 yield image.convert("L" if self.channels == 1 else "RGB")
 
-    def decode(self, positions: Tensor, augment: str = "none", least: float = SMALLEST_CROP) -> Tensor:
+    def decode(self, positions: Tensor, augment: str = "none", part: Crop = USUAL_CROP) -> Tensor:
         """Decode the images at these positions to uint8 (B, C, H, W); ``augment`` draws from the global generator."""
-        out = torch.empty((len(positions), self.channels, *self.size), dtype=torch.uint8)
-        crop = _random_crop(self.size, augment, least) if augment != "none" else partial(_fit, size=self.size)
+        size = self.size if augment == "none" else part.size_of(self.size)
+        out = torch.empty((len(positions), self.channels, *size), dtype=torch.uint8)
+        crop = partial(_fit, size=size) if augment == "none" else part.of(self.size, augment)
         for number, image in enumerate(self.pictures(positions)):
             pixels = torch.from_numpy(np.array(crop(image)))
             out[number] = pixels if self.channels == 1 else pixels.permute(2, 0, 1)
         return out
 
-    def __getitem__(self, batch: tuple[Tensor, str, float, int]) -> Tensor | InputError:
+    def __getitem__(self, batch: tuple[Tensor, str, Crop, int]) -> Tensor | InputError:
         """For a worker of a `DataLoader`: one augmented batch. An error travels whole only if it is handed over."""
-        positions, augment, least, seed = batch
+        positions, augment, part, seed = batch
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
-                return self.decode(positions, augment, least)
+                return self.decode(positions, augment, part)
         except InputError as error:
             return error
 
@@ -312,7 +343,7 @@ class ImageData:
         if max(self.size) <= SMALL:
             images = self._rows.decode(torch.arange(len(self)))
         else:
-            tasks = [(part, "none", 1.0, 0) for part in torch.arange(len(self)).split(_AT_ONCE)]
+            tasks = [(part, "none", USUAL_CROP, 0) for part in torch.arange(len(self)).split(_AT_ONCE)]
             images = torch.cat(list(_from_workers(self._rows, tasks, 2, 0)))
         if self.in_memory:
             self._tensor = images
@@ -365,19 +396,17 @@ class ImageData:
         seed: int = 0,
         epoch: int = 0,
         workers: int = 2,
-        least: float = SMALLEST_CROP,
+        crop: Crop = USUAL_CROP,
         whole: bool = False,
     ) -> Batches:
         """Batches of at most ``batch_size`` images; see `Batches`.
 
         ``augment`` is ``natural`` (shift and mirror), ``digits`` (shift) or ``none``. In memory a shift is by up to an
-        eighth of the side, filled with black; of larger images a random part, of at least the share ``least`` of the
-        area, is cut out and resized instead. ``workers`` processes decode images that are not kept in memory.
+        eighth of the side, filled with black; of larger images a random part is cut out and resized instead, as
+        ``crop`` says. ``workers`` processes decode images that are not kept in memory.
         ``whole`` leaves out a last batch that is not full, unless it is the only one.
         """
-        return Batches(
-            self, batch_size, normalization, augment, shuffle, seed, epoch, workers, least=least, whole=whole
-        )
+        return Batches(self, batch_size, normalization, augment, shuffle, seed, epoch, workers, crop=crop, whole=whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -399,7 +428,7 @@ class Batches:
     first: int = 0
     rank: int = 0
     world: int = 1
-    least: float = SMALLEST_CROP
+    crop: Crop = USUAL_CROP
     whole: bool = False
 
     def __post_init__(self) -> None:
@@ -431,7 +460,7 @@ class Batches:
         # A seed for each batch, so that any of them can be made without those before it.
         seeds = torch.randint(2**62, (len(parts),), generator=generator).tolist()
         tasks = [
-            (part[self.rank :: self.world], self.augment, self.least, seed + self.rank)
+            (part[self.rank :: self.world], self.augment, self.crop, seed + self.rank)
             for part, seed in list(zip(parts, seeds, strict=True))[self.first :]
             if len(part) >= self.world
         ]
@@ -439,18 +468,18 @@ class Batches:
         for (part, *_), x in zip(tasks, images, strict=True):
             yield self.normalization.apply(x), None if labels is None else labels[part]
 
-    def _from_memory(self, tasks: Sequence[tuple[Tensor, str, float, int]]) -> Iterator[Tensor]:
-        for part, augment, least, seed in tasks:
-            yield augmented(self.data.images[part], augment, least, torch.Generator().manual_seed(seed))
+    def _from_memory(self, tasks: Sequence[tuple[Tensor, str, Crop, int]]) -> Iterator[Tensor]:
+        for part, augment, crop, seed in tasks:
+            yield augmented(self.data.images[part], augment, crop, torch.Generator().manual_seed(seed))
 
-    def _from_workers(self, tasks: Sequence[tuple[Tensor, str, float, int]]) -> Iterator[Tensor]:
+    def _from_workers(self, tasks: Sequence[tuple[Tensor, str, Crop, int]]) -> Iterator[Tensor]:
         assert self.data._rows is not None
         # A seed of its own, else the loader draws from the global generator.
         return _from_workers(self.data._rows, tasks, self.workers, self.seed, self.epoch)
 
 
 def _from_workers(
-    rows: Any, tasks: Sequence[tuple[Tensor, str, float, int]], workers: int, *seed: int
+    rows: Any, tasks: Sequence[tuple[Tensor, str, Crop, int]], workers: int, *seed: int
 ) -> Iterator[Tensor]:
     loader: torch.utils.data.DataLoader[Tensor | InputError] = torch.utils.data.DataLoader(
         rows,  # a data set by what it does: the loader asks it for each of the tasks
@@ -465,16 +494,16 @@ def _from_workers(
         yield x
 
 
-def augmented(x: Tensor, augment: str, least: float, generator: torch.Generator, lowest: float | Tensor = 0) -> Tensor:
+def augmented(x: Tensor, augment: str, crop: Crop, generator: torch.Generator, lowest: float | Tensor = 0) -> Tensor:
     """Images ``(B, C, H, W)`` as `ImageData.batches` augments those in memory; a shift is filled with `lowest`."""
     if augment == "none":
         return x
     if max(x.shape[2:]) <= SMALL:
         return _shift(x - lowest, generator, flip=augment == "natural") + lowest
-    crop: Any = _random_crop((x.shape[2], x.shape[3]), augment, least)
+    cut: Any = crop.of((x.shape[2], x.shape[3]), augment)
     with torch.random.fork_rng(devices=[]):  # which it draws from
         torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        return torch.stack([crop(image) for image in x])
+        return torch.stack([cut(image) for image in x])
 
 
 def generator_for(*key: int) -> torch.Generator:
@@ -496,14 +525,6 @@ def _shift(x: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
         mirrored = torch.rand(count, generator=generator) < 0.5
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x)
     return x
-
-
-def _random_crop(size: tuple[int, int], augment: str, least: float) -> Callable[[Image], Image]:
-    """Cuts out a random part of a picture or of a tensor, from the global generator."""
-    from torchvision.transforms import v2
-
-    crop = v2.RandomResizedCrop(size, scale=(least, 1.0), antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if augment == "natural" else crop
 
 
 def _fit(image: Image, size: tuple[int, int]) -> Image:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dk2pnet.data.images import SMALLEST_CROP, ImageData, augmented, generator_for
+from dk2pnet.data.images import USUAL_CROP, Crop, ImageData, augmented, generator_for
 
 __all__ = ["TensorBatches", "TensorImages", "image_like", "images_of"]
 
@@ -53,10 +53,10 @@ class TensorImages:
             self.steps, self.kept = len(self.kept or ()), None
 
     def batches(
-        self, batch_size: int, *, augment: str, seed: int = 0, epoch: int = 0, least: float = SMALLEST_CROP
+        self, batch_size: int, *, augment: str, seed: int = 0, epoch: int = 0, crop: Crop = USUAL_CROP
     ) -> TensorBatches:
-        """Whole batches, unless there are fewer images; `augment`, `least` as in `ImageData.batches`."""
-        return TensorBatches(self, batch_size, augment, seed, epoch, least)
+        """Whole batches, unless there are fewer images; `augment`, `crop` as in `ImageData.batches`."""
+        return TensorBatches(self, batch_size, augment, seed, epoch, crop)
 
 
 def images_of(data: Any, memory: float) -> Any:
@@ -75,7 +75,7 @@ class TensorBatches:
     augment: str
     seed: int
     epoch: int
-    least: float
+    crop: Crop
 
     def __len__(self) -> int:
         return max(1, self.images.length // self.batch_size) if self.images.kept is not None else self.images.steps
@@ -83,7 +83,7 @@ class TensorBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, None]]:
         for number, x in enumerate(self._plain()):
             lowest = self.images.lowest.view(-1, 1, 1).to(x)
-            yield augmented(x, self.augment, self.least, generator_for(self.seed, self.epoch, number), lowest), None
+            yield augmented(x, self.augment, self.crop, generator_for(self.seed, self.epoch, number), lowest), None
 
     def _plain(self) -> Iterator[Tensor]:
         kept = self.images.kept

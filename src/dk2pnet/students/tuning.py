@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dk2pnet import processes
 from dk2pnet.answers import Predictions, predict
-from dk2pnet.data import ImageData
+from dk2pnet.data import Crop, ImageData
 from dk2pnet.data.images import SMALL
 from dk2pnet.data.samples import spread
 from dk2pnet.data.tensors import TensorImages
@@ -43,6 +43,8 @@ __all__ = ["Tuner"]
 
 _FEWEST_FOR_BATCH_NORM = 16  # images in a batch, for statistics of their own
 _CROP = 0.5  # the least share of a large image
+# Of a crop's sides. A step costs half as much, and of two that see other images more is learnt than of a whole one.
+_WINDOW = 5 / 7
 _WARM, _TIMED = 3, 5  # steps, to turn a time into a number of steps
 _TRIAL_IMAGES = 256  # that batch norm is estimated on after a trial
 _WATCHED, _WATCHED_SMALL = 128, 1000  # held-out images that trials and looks use, large ones and small ones
@@ -70,7 +72,7 @@ class Tuner:
             teacher.named,
             self.learner.normalization,
             teacher.options.augment,
-            least_crop=_CROP,
+            crop=Crop(_CROP),
             whole=True,
         )
         options, example = options or self.learner.options, self.learner.example
@@ -86,6 +88,8 @@ class Tuner:
             changes["batch_norm"] = "frozen"
         self.options = replace(options, checkpoint_every=teacher.options.checkpoint_every, **changes)
         self.large = max(example.shape[2:]) > SMALL
+        if self.large and self._takes(Crop(_CROP, _WINDOW)):
+            self.source = replace(self.source, crop=Crop(_CROP, _WINDOW))
 
     def tune(self, solved: Solved, steps: int, folder: Path | None = None) -> Network | None:
         """The tuned student, or None where tuning does not bring it closer to the teacher.
@@ -143,6 +147,18 @@ class Tuner:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"steps": steps})
         return steps
+
+    def _takes(self, crop: Crop) -> bool:
+        """Whether the network runs on what is cut out, with feature maps at the same places: one with a linear layer
+        for every position, or with sizes written into it, does not."""
+        teacher, example = self.learner.teacher, self.learner.example
+        height, width = crop.size_of((example.shape[2], example.shape[3]))
+        cut = example[:, :, :height, :width].contiguous()
+        try:
+            return find_pairs(teacher, teacher, cut) == find_pairs(teacher, teacher, example)
+        except Exception as error:  # whatever a network raises that is given another size
+            _log.debug("images are not cut smaller: %s", error)
+            return False
 
     # -- the recipe --------------------------------------------------------------------------------------------------
 

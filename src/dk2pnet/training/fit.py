@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dk2pnet.answers import predict
-from dk2pnet.data import SMALLEST_CROP, ImageData, Normalization
+from dk2pnet.data import USUAL_CROP, Crop, ImageData, Normalization
 from dk2pnet.data.images import augmentation_for, batch_size_for
 from dk2pnet.data.tensors import TensorBatches, TensorImages
 from dk2pnet.decompose.whiten import Whitening
@@ -27,14 +27,14 @@ __all__ = ["Source", "fit"]
 class Source:
     """What is trained on: a data set of that `name`, a user's own images, or (the rest is not looked at then) batches.
 
-    `augment`, `least_crop`, `whole`: as in `ImageData.batches`, None for what suits the data set.
+    `augment`, `crop`, `whole`: as in `ImageData.batches`, None for what suits the data set.
     """
 
     data: Any
     name: str | None = None
     normalization: Normalization | None = None
     augment: str | None = None
-    least_crop: float = SMALLEST_CROP
+    crop: Crop = USUAL_CROP
     whole: bool = False
     validation: ImageData | None = None
 
@@ -43,7 +43,7 @@ class Source:
         augment = augmentation_for(self.name or "") if self.augment is None else self.augment
         if isinstance(self.data, TensorImages):
             return self.data.batches(
-                options.batch_size, augment=augment, seed=options.seed, epoch=number, least=self.least_crop
+                options.batch_size, augment=augment, seed=options.seed, epoch=number, crop=self.crop
             )
         if not isinstance(self.data, ImageData):
             return self.data
@@ -55,7 +55,7 @@ class Source:
             shuffle=True,
             seed=options.seed,
             epoch=number,
-            least=self.least_crop,
+            crop=self.crop,
             # One image alone has no statistics for a batch norm.
             whole=self.whole or len(self.data) % options.batch_size == 1,
         )
