@@ -180,7 +180,6 @@ class _Augmented(Options):
         None,
         AUGMENTATIONS,
         "Of the images: natural (shift, mirror), digits (shift) or none; without: by --data.",
-        torch_only="whose inputs are taken as they are",
     )
 
 

@@ -562,7 +562,6 @@ REFUSED = {
     "--hint": (["--hint", "a=b"], "which can be decomposed and tuned, not trained"),
     "--classes": (["--classes", 3], "whose outputs are what they are"),
     "--precision": (["--precision", "bf16"], "which is tuned in fp32"),
-    "--augment": (["--augment", "none"], "whose inputs are taken as they are"),
 }
 
 

@@ -25,7 +25,7 @@ from dk2pnet.students import closed_form, latency_budget
 from dk2pnet.students import tuning as tune
 from dk2pnet.students.latency_budget import Spent
 from dk2pnet.students.teacher import Teacher
-from dk2pnet.students.tuning_steps import AUTOMATIC_MACS, AUTOMATIC_SECONDS, tuning_of
+from dk2pnet.students.tuning_steps import AUTOMATIC_MACS, AUTOMATIC_SECONDS, images_in_step, tuning_of
 from dk2pnet.tasks import divergence
 from dk2pnet.training import fit, trainer
 from toys import OPTIONS, network, run, toy
@@ -371,6 +371,15 @@ def test_a_network_without_batch_norm_has_one_recipe_at_the_usual_rate(error, wa
     tuner = tune.Tuner(teacher, Run())
     recipes = tuner._recipes(SimpleNamespace(student=SimpleNamespace(predict=lambda *_: off)))
     assert [recipe.rate for recipe in recipes] == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("side", "most", "images"), [(64, None, 128), (65, None, 32), (640, 5, 5), (640, 100, 32), (32, 100, 100)]
+)
+def test_how_many_images_a_step_sees(side, most, images):
+    """No more than are known to fit into memory."""
+    learner = SimpleNamespace(example=torch.zeros(1, 3, side, 20), most=most)
+    assert images_in_step(learner, 128) == images
 
 
 def _of_large_images(*head):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dk2pnet.answers import Predictions
 from dk2pnet.data import ImageData, has_split
 from dk2pnet.data.arrays import image_batches, is_arrays
-from dk2pnet.data.images import SMALL, batch_size_for
+from dk2pnet.data.images import batch_size_for
 from dk2pnet.data.samples import Samples, all_alike, any_split, array_samples, named_samples, user_samples
 from dk2pnet.data.sources import load_test
 from dk2pnet.decompose.moments import CRITERIA, Moments
@@ -38,7 +38,7 @@ from dk2pnet.networks.patches import geometry_of
 from dk2pnet.options import CompressOptions, ExploreOptions
 from dk2pnet.run.run import Run
 from dk2pnet.students.needs import own_bytes
-from dk2pnet.students.tuning_steps import LARGE_BATCH, Tuning, tuning_of
+from dk2pnet.students.tuning_steps import Tuning, images_in_step, tuning_of
 from dk2pnet.tasks import can_be, check_task, guess, is_uncertain
 from dk2pnet.training.trainer import TUNING
 
@@ -147,9 +147,8 @@ class Teacher:
                 tuning = Tuning(said=f"no tuning: the graph cannot be had as a PyTorch module, {reason}")
         own = None
         if samples is not None:
-            batch = samples.first
-            tuned = network.batching.size or (LARGE_BATCH if max(batch.shape[2:]) > SMALL else TUNING.batch_size)
-            own = own_bytes(network, sites, len(batch), tuned if learner is not None else 0)
+            tuned = images_in_step(learner, TUNING.batch_size) if learner is not None else 0
+            own = own_bytes(network, sites, len(samples.first), tuned)
             _log.info(
                 "memory: up to %g GiB for what is kept (--memory), and about %.1f GiB for the network itself",
                 options.memory,

@@ -30,7 +30,7 @@ from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import Solved
 from dk2pnet.students.decisions import Judge
 from dk2pnet.students.teacher import Teacher
-from dk2pnet.students.tuning_steps import LARGE_BATCH
+from dk2pnet.students.tuning_steps import images_in_step
 from dk2pnet.tasks import divergence
 from dk2pnet.training.fit import Source, fit
 from dk2pnet.training.hints import find_pairs
@@ -77,7 +77,7 @@ class Tuner:
         )
         options, example = options or self.learner.options, self.learner.example
         count = self.samples.counts["calibration"]
-        batch = min(options.batch_size if max(example.shape[2:]) <= SMALL else LARGE_BATCH, count)
+        batch = min(images_in_step(self.learner, options.batch_size), count)
         precision = teacher.options.precision if options.precision == "auto" else options.precision
         if not isinstance(self.source.data, ImageData):  # as many at once as the network is known to take
             least = min(len(x) for x, _ in self.samples.gather)

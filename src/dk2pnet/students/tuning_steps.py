@@ -6,12 +6,14 @@ import logging
 import re
 from dataclasses import dataclass
 
+from dk2pnet.data.images import SMALL
 from dk2pnet.data.samples import Samples
 from dk2pnet.errors import InputError
+from dk2pnet.networks.network import Learner
 
-__all__ = ["LARGE_BATCH", "AUTOMATIC_MACS", "AUTOMATIC_SECONDS", "Tuning", "tuning_of"]
+__all__ = ["AUTOMATIC_MACS", "AUTOMATIC_SECONDS", "Tuning", "images_in_step", "tuning_of"]
 
-LARGE_BATCH = 32  # large images in a step
+_LARGE_BATCH = 32  # large images in a step
 AUTOMATIC_STEPS = 150
 # Larger ones are given so many seconds, and at most so many steps (on a GPU).
 AUTOMATIC_SECONDS, _MOST = 480.0, 1000
@@ -40,6 +42,13 @@ class Tuning:
     def wanted(self) -> bool:
         """Whether any tuning is to be done."""
         return self.steps > 0 or self.seconds is not None
+
+
+def images_in_step(learner: Learner, usual: int) -> int:
+    """How many images a step of tuning sees: `usual` of small ones, fewer of large ones, and no more than are taken at
+    once."""
+    size = usual if max(learner.example.shape[2:]) <= SMALL else _LARGE_BATCH
+    return size if learner.most is None else min(size, learner.most)
 
 
 def tuning_of(tune: str | int | None, *, epochs: int, samples: Samples | None, macs: int) -> Tuning:

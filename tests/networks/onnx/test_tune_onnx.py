@@ -9,10 +9,15 @@ import onnx
 import pytest
 import yaml
 from onnx import helper, numpy_helper
+from PIL import Image
 
 from dk2pnet.commands import compress as pipeline
 from dk2pnet.errors import InputError
 from dk2pnet.networks.onnx.learner import rate_for
+from dk2pnet.options import CompressOptions
+from dk2pnet.run.run import Run
+from dk2pnet.students.teacher import Teacher
+from dk2pnet.students.tuning import Tuner
 from graphs import needs_onnx_tuning, node, save, small, tensor, value, weights
 
 pytestmark = pytest.mark.usefixtures("quick_timing")
@@ -116,6 +121,41 @@ def test_what_does_not_come_closer_is_not_kept(tmp_path, monkeypatch):
     assert not result.metrics["decisions"][-1]["kept"]
     assert [stage["name"] for stage in result.metrics["stages"]] == ["teacher", "closed form"]
     assert content(result) == content(compress(deep(), tmp_path, 0))
+
+
+def _steps(made, data, tmp_path, **options):
+    """The first batch that the graph would be tuned on."""
+    options = CompressOptions(tune=5, calibration_images=40, input_size=96, normalize="imagenet", **options)
+    teacher = Teacher.open(save(made, tmp_path), str(data), options, Run())
+    tuner = Tuner(teacher, Run())
+    (x, _), *_ = tuner.source.epoch(0, tuner.options)
+    return x
+
+
+@needs_onnx_tuning
+def test_images_of_a_graph_are_augmented_as_those_of_a_module(tmp_path):
+    folder, noise = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(45):
+        Image.fromarray(noise.integers(256, size=(100, 120, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    assert _steps(deep(), folder, tmp_path).shape == (32, 3, 64, 64)
+    assert _steps(deep(), folder, tmp_path, augment="none").shape == (32, 3, 96, 96)
+    assert _steps(small(batch=4), folder, tmp_path).shape == (4, 3, 96, 96)  # as many as it asks for, as they are
+    assert _steps(small(size=(96, 96)), folder, tmp_path).shape == (32, 3, 64, 64)
+
+
+@needs_onnx_tuning
+def test_so_are_arrays_that_look_like_images(tmp_path):
+    x = smooth(40)
+    np.savez(tmp_path / "x.npz", x=x)
+    rows = {each.tobytes() for each in x}
+    for augment, as_they_are in ((None, False), ("none", True)):
+        options = CompressOptions(tune=5, calibration_images=40, augment=augment)
+        teacher = Teacher.open(save(deep(), tmp_path), str(tmp_path / "x.npz"), options, Run())
+        tuner = Tuner(teacher, Run())
+        (first, _), *_ = tuner.source.epoch(0, tuner.options)
+        assert first.shape == (32, 3, 9, 9)  # four fifths
+        assert ({each.numpy().tobytes() for each in first} <= rows) is as_they_are
 
 
 @pytest.mark.parametrize("tune", [0, "0"])

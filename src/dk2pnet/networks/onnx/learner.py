@@ -18,9 +18,10 @@ from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from dk2pnet.answers import Predictions
-from dk2pnet.data import Normalization
+from dk2pnet.data import ImageData, Normalization
 from dk2pnet.data.arrays import Feed
 from dk2pnet.data.samples import Batches, Samples
+from dk2pnet.data.tensors import TensorImages, images_of
 from dk2pnet.decompose.moments import Moments
 from dk2pnet.errors import InputError
 from dk2pnet.layer import DKConv2d, set_form
@@ -46,14 +47,20 @@ class OnnxLearner:
     """A graph and its students as PyTorch modules. Hints are the last tensors at each resolution and all outputs, by
     Euclidean distance.
 
-    `expected`: what ONNX Runtime makes of `feed`, by the names of the tensors that count.
+    `expected`: what ONNX Runtime makes of `feed`, by the names of the tensors that count; `normalization`: of images
+    that are decoded here; `most`: samples at once, None for any number.
     """
 
-    normalization: Normalization | None = None
-
     def __init__(
-        self, graph: OnnxGraph, sites: Sequence[OnnxSite], expected: Mapping[str, np.ndarray], feed: Feed
+        self,
+        graph: OnnxGraph,
+        sites: Sequence[OnnxSite],
+        expected: Mapping[str, np.ndarray],
+        feed: Feed,
+        normalization: Normalization | None = None,
+        most: int | None = None,
     ) -> None:
+        self.normalization, self.most = normalization, most
         self.graph = AsTorch(graph, sites, list(expected), feed, expected)
         self.sites = {site.name: site for site in sites}
         self.teacher: nn.Module = self.graph.module
@@ -64,9 +71,11 @@ class OnnxLearner:
             TUNING, hints=tuple(self.graph.hints), batch_norm="frozen", precision="fp32"
         )
 
-    def data(self, samples: Samples, memory: float) -> Batches:
-        """The samples that are gathered from, as they are: an array may be anything."""
-        return Tensors(samples.gather)
+    def data(self, samples: Samples, memory: float) -> ImageData | TensorImages | Batches:
+        """Images, which can be augmented, where the graph takes any number of samples; else the batches as they are."""
+        if self.most is not None:
+            return Tensors(samples.gather)
+        return samples.tune if isinstance(samples.tune, ImageData) else images_of(Tensors(samples.gather), memory)
 
     def held_out(self, samples: Samples, step: int) -> Batches:
         """In the batches that the graph takes, at least one of them."""

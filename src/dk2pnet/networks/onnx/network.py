@@ -345,7 +345,10 @@ class OnnxNetwork:
         """Through onnx2fx, proven against ONNX Runtime on the first samples."""
         feed = self.feed(samples.first)
         expected = tensors_of(self.graph.proto, self.names, run.threads)(feed)
-        return OnnxLearner(self.graph, list(sites.values()), {name: expected[name] for name in self.names}, feed)
+        tensors = {name: expected[name] for name in self.names}
+        # What it takes at once by itself is for ONNX Runtime; fewer are those whose maps fit into memory.
+        most = None if self.batching == Batching(AT_ONCE) else self.batching.size
+        return OnnxLearner(self.graph, list(sites.values()), tensors, feed, self.normalization, most)
 
     # -- on the way out ----------------------------------------------------------------------------------------------
 

@@ -390,7 +390,8 @@ class TorchNetwork:
 
     def learner(self, samples: Samples, sites: Mapping[str, Site], run: Run) -> TorchLearner:
         """Every PyTorch network can be tuned."""
-        return TorchLearner(self.model, self.example, self.normalization, {name: name for name in sites})
+        names = {name: name for name in sites}
+        return TorchLearner(self.model, self.example, self.normalization, names, self.batching.size)
 
     # -- on the way out ----------------------------------------------------------------------------------------------
 
@@ -440,6 +441,7 @@ class TorchLearner:
     example: Tensor
     normalization: Normalization | None
     names: Mapping[str, str]
+    most: int | None
     options: TrainingOptions = TUNING
 
     def data(self, samples: Samples, memory: float) -> ImageData | TensorImages | Batches:
