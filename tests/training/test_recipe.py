@@ -51,6 +51,14 @@ def test_a_higher_rate_may_be_a_little_farther_off(farther, rate):
     assert found.rate == pytest.approx(rate)
 
 
+@pytest.mark.parametrize(("harm", "tried"), [(1.1, 2), (1.2, 3)])
+def test_a_rate_is_lowered_until_it_does_little_harm(harm, tried):
+    distances = [2.0, harm, 1.0]
+    found, notes = choose([Recipe(0.09, "frozen")], lambda recipe: distances[round(math.log(0.09 / recipe.rate, 3))], 1)
+    assert len(notes) == tried
+    assert found.rate == pytest.approx(notes[-1]["rate"])
+
+
 def test_a_higher_rate_has_to_gain_on_the_start():
     found, _ = choose([Recipe(0.01, "frozen")], lambda recipe: 1.0 if recipe.rate < 0.02 else 1.05, 1.02)
     assert found.rate == 0.01

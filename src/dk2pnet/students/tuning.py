@@ -208,7 +208,7 @@ class Tuner:
             if begun is not None:
                 assert weights is not None
                 save_file({name: tensor.contiguous() for name, tensor in begun.items()}, str(weights))
-            write_json(path, {"chosen": asdict(chosen), "steps": length, "tried": tried})
+            write_json(path, {"chosen": asdict(chosen), "steps": length, "start": start, "tried": tried})
         return chosen, begun
 
     def _distance(self, module: nn.Module) -> float:

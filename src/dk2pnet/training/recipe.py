@@ -16,6 +16,9 @@ _SHARE, _FEWEST = 40, 16
 _TRIALS = 4  # about so many, with the looks at the held-out samples
 # A higher rate may end a trial so many times as far from the teacher: of a few steps low rates make more than of many.
 _LENIENT = 1.1
+# What ends so many times as far as the start is not lowered further: Adam's first steps do as much harm, which the
+# steps behind them make good.
+_HARM = 1.15
 _WORTH = 151  # steps; in shorter runs trials would take as long as they
 
 
@@ -47,8 +50,8 @@ def choose(
     """The best of some recipes at the best rate near by, and all that was tried.
 
     `trial` says how far from the teacher a recipe leads in a few steps, `start` how far it was before them. Where the
-    best of `first` gains, its rate is raised while that gains too, if a little less; where it loses more than a little,
-    it is lowered while that helps.
+    best of `first` gains, its rate is raised while that gains too, if a little less; while it loses more than a little,
+    it is lowered, as long as that helps.
     """
     tried: list[dict[str, Any]] = []
 
@@ -61,7 +64,9 @@ def choose(
     best = min(distances, key=lambda recipe: distances[recipe])
     reached = distances[best]
     gains = reached < start
-    for _ in range(_MOVES if gains or reached > _LENIENT * start else 0):
+    for _ in range(_MOVES):
+        if not gains and reached <= _HARM * start:
+            break
         further = replace(best, rate=best.rate * (_FACTOR if gains else 1 / _FACTOR))
         found = of(further)
         if found >= (min(_LENIENT * reached, start) if gains else reached):
