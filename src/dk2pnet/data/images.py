@@ -40,7 +40,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_LEAST = 0.08  # as is usual
+_LEAST = 0.08  # share of the area that a random crop keeps, as is usual
 
 _DIGITS = {"digits", "mnist", "svhn", "svhn_10k"}  # names of data sets
 SMALL = 64  # images up to this side are kept in memory once decoded; larger ones are decoded anew for every batch
@@ -245,23 +245,23 @@ class Rows:
                     )
                 yield image.convert("L" if self.channels == 1 else "RGB")
 
-    def decode(self, positions: Tensor, augment: str = "none", part: Crop = USUAL_CROP) -> Tensor:
+    def decode(self, positions: Tensor, augment: str = "none", crop: Crop = USUAL_CROP) -> Tensor:
         """Decode the images at these positions to uint8 (B, C, H, W); ``augment`` draws from the global generator."""
-        size = self.size if augment == "none" else part.size_of(self.size)
+        size = self.size if augment == "none" else crop.size_of(self.size)
         out = torch.empty((len(positions), self.channels, *size), dtype=torch.uint8)
-        crop = partial(_fit, size=size) if augment == "none" else part.of(self.size, augment)
+        cut = partial(_fit, size=size) if augment == "none" else crop.of(self.size, augment)
         for number, image in enumerate(self.pictures(positions)):
-            pixels = torch.from_numpy(np.array(crop(image)))
+            pixels = torch.from_numpy(np.array(cut(image)))
             out[number] = pixels if self.channels == 1 else pixels.permute(2, 0, 1)
         return out
 
     def __getitem__(self, batch: tuple[Tensor, str, Crop, int]) -> Tensor | InputError:
         """For a worker of a `DataLoader`: one augmented batch. An error travels whole only if it is handed over."""
-        positions, augment, part, seed = batch
+        positions, augment, crop, seed = batch
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
-                return self.decode(positions, augment, part)
+                return self.decode(positions, augment, crop)
         except InputError as error:
             return error
 
