@@ -145,17 +145,14 @@ def test_images_of_a_graph_are_augmented_as_those_of_a_module(tmp_path):
 
 
 @needs_onnx_tuning
-def test_so_are_arrays_that_look_like_images(tmp_path):
-    x = smooth(40)
-    np.savez(tmp_path / "x.npz", x=x)
-    rows = {each.tobytes() for each in x}
-    for augment, as_they_are in ((None, False), ("none", True)):
+def test_so_are_arrays_that_look_like_large_images(tmp_path):
+    for augment, side, seen in ((None, 96, (32, 64)), ("none", 96, (32, 96)), (None, 9, (8, 9))):
+        np.savez(tmp_path / "x.npz", x=weights(40, 3, side, side))
         options = CompressOptions(tune=5, calibration_images=40, augment=augment)
         teacher = Teacher.open(save(deep(), tmp_path), str(tmp_path / "x.npz"), options, Run())
         tuner = Tuner(teacher, Run())
         (first, _), *_ = tuner.source.epoch(0, tuner.options)
-        assert first.shape == (32, 3, 9, 9)  # four fifths
-        assert ({each.numpy().tobytes() for each in first} <= rows) is as_they_are
+        assert (len(first), first.shape[3]) == seen
 
 
 @pytest.mark.parametrize("tune", [0, "0"])

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from dk2pnet.answers import Predictions
 from dk2pnet.data import ImageData, Normalization
 from dk2pnet.data.arrays import Feed
+from dk2pnet.data.images import SMALL
 from dk2pnet.data.samples import Batches, Samples
 from dk2pnet.data.tensors import TensorImages, images_of
 from dk2pnet.decompose.moments import Moments
@@ -72,8 +73,9 @@ class OnnxLearner:
         )
 
     def data(self, samples: Samples, memory: float) -> ImageData | TensorImages | Batches:
-        """Images, which can be augmented, where the graph takes any number of samples; else the batches as they are."""
-        if self.most is not None:
+        """Large images, which can be augmented, of a graph that takes any number of them; else batches as they are:
+        from small ones shifted and mirrored less was learnt in few steps."""
+        if self.most is not None or max(self.example.shape[2:]) <= SMALL:
             return Tensors(samples.gather)
         return samples.tune if isinstance(samples.tune, ImageData) else images_of(Tensors(samples.gather), memory)
 
