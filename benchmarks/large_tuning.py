@@ -1,17 +1,14 @@
-"""Tuning at 224 x 224: images per second and peak memory (random weights: a timing case, not an accuracy).
+"""Tuning at 224 x 224: images per second, of whole crops and of windows of them (random weights: a timing case).
 
-    python benchmarks/large_tuning.py [--model torchvision/resnet18] [--steps 12] [--batch-sizes 16 32 64]
+    python benchmarks/large_tuning.py [--model torchvision/resnet18] [--rounds 3] [--threads 2]
 
-Each batch size runs in a process of its own, so that the peak is its own. Writes benchmarks/results/large_tuning.json.
+Both in one process, in turns, with the images and the form of the layers that `compress` takes. Writes
+benchmarks/results/large_tuning.json.
 """
 
 from __future__ import annotations
 
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -26,63 +23,51 @@ from dk2pnet.run.run import Run
 from dk2pnet.students.closed_form import ClosedForm
 from dk2pnet.students.teacher import Teacher
 from dk2pnet.students.tuning import Tuner
-from dk2pnet.training.trainer import TUNING
 
 SIZE = 224
+IMAGES = 50  # a fifth of which only decides
+STEPS = 4  # in a round, the first of which is not counted
 
 
-def measure(model: str, steps: int, batch: int) -> dict:
-    """One batch size, in this process."""
+def measure(model: str, rounds: int) -> list[dict]:
+    """A row for each kind of image."""
     torch.manual_seed(0)
     network = make_network(model).eval()
-    # Every fifth image only decides, so that what is left of a batch has the size asked for.
-    data = [torch.randn(batch * 5 // 4, 3, SIZE, SIZE) for _ in range(2)]
-    how = {"criterion": "response", "memory": 1.0, "rebuild": False, "calibration_images": 10_000, "tune": steps}
+    data = [torch.randn(IMAGES, 3, SIZE, SIZE) for _ in range(2)]
+    how = {"criterion": "response", "rebuild": False, "calibration_images": 10_000, "tune": 1, "task": "classify"}
     ready = Teacher.open(network, data, CompressOptions(**how), Run())
     with ClosedForm(ready, Run()) as closed:
         solved = closed.solve(Budget.parse("macs=0.4"), whiten=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times: list[float] = []
-    run = Run(lambda *_: times.append(time.perf_counter()))
-    tuner = Tuner(ready, run, replace(TUNING, batch_size=batch))
-    tuner._train(solved.student.model, solved, steps, None, tuner._recipes(solved)[0])  # type: ignore[attr-defined]
-    seconds = statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
-    return {
-        "batch": batch,
-        "images_per_second": batch / seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "peak_before_tuning_gib": before / 2**20,
-        "threads": torch.get_num_threads(),
-    }
+    at: list[float] = []
+    tuner = Tuner(ready, Run(lambda *_: at.append(time.perf_counter())))
+    windows = tuner.source
+    arms = {"whole": replace(windows, crop=replace(windows.crop, window=1.0)), "windows": windows}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, source in arms.items():
+            at.clear()
+            tuner.source = source
+            tuner._train(tuner.learner.student(solved.student), solved, STEPS, None, tuner._recipes(solved)[0])
+            seconds[arm] += [b - a for a, b in zip(at, at[1:], strict=False)]
+    batch = tuner.options.batch_size
+    found = {arm: batch / statistics.median(times) for arm, times in seconds.items()}
+    return [
+        {"model": model, "images": arm, "batch": batch, "images_per_second": rate, "ratio": rate / found["whole"]}
+        for arm, rate in found.items()
+    ]
 
 
 def main() -> None:
     parser = plain_parser(__doc__)
     parser.add_argument("--model", default="torchvision/resnet18")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[16, 32, 64])
-    parser.add_argument("--one", type=int, help="measure this batch size here and print it")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.model, options.steps, options.one)))
-        return
-    rows = []
-    for batch in options.batch_sizes:
-        command = [
-            sys.executable,
-            __file__,
-            "--model",
-            options.model,
-            "--steps",
-            str(options.steps),
-            "--one",
-            str(batch),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows.append({"model": options.model, **json.loads(done.stdout.splitlines()[-1])})
-        print(rows[-1], flush=True)
-    result = {"rows": rows, "environment": environment(torch.device("cpu"))}
-    write_results("large_tuning", result)
+    torch.set_num_threads(options.threads)
+    rows = measure(options.model, options.rounds)
+    for row in rows:
+        print(row, flush=True)
+    write_results("large_tuning", {"rows": rows, "environment": environment(torch.device("cpu"))})
 
 
 if __name__ == "__main__":

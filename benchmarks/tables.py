@@ -660,14 +660,14 @@ def large_tuning() -> str:
     rows = [
         (
             row["model"],
+            row["images"],
             f"{row['batch']}",
             f"{row['images_per_second']:.1f}",
-            f"{row['peak_gib']:.1f} GiB",
-            f"{row['threads']}",
+            f"{row['ratio']:.2f}",
         )
         for row in read("large_tuning")["rows"]
     ]
-    return markdown_table(("network", "batch", "images per second", "peak memory", "threads"), rows)
+    return markdown_table(("network", "crops", "images in a step", "images per second", "ratio"), rows)
 
 
 def explored(model: str) -> Callable[[], str]:

@@ -314,8 +314,7 @@ def test_set_form_reaches_every_layer():
     ],
 )
 def test_the_fast_form_is_the_cheapest_of_a_processor(arguments, counts, form):
-    """In times measured side by side (forward and backward, two cores): at 3 x 3 and 64 channels a kernel costs about
-    as much as three rows of the dense product; of larger ones the depthwise part grows with the taps."""
+    """The depthwise part of a kernel costs as much as many rows of the dense product, the more the more taps it has."""
     layer = DKConv2d(*arguments, counts=counts)
     set_fast_form(layer, torch.device("cpu"))
     assert layer.form == form

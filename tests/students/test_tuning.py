@@ -374,11 +374,11 @@ def test_a_network_without_batch_norm_has_one_recipe_at_the_usual_rate(error, wa
 
 
 @pytest.mark.parametrize(
-    ("side", "most", "images"), [(64, None, 128), (65, None, 32), (640, 5, 5), (640, 100, 32), (32, 100, 100)]
+    ("side", "at_once", "images"), [(64, None, 128), (65, None, 32), (640, 5, 5), (640, 100, 32), (32, 100, 100)]
 )
-def test_how_many_images_a_step_sees(side, most, images):
+def test_how_many_images_a_step_sees(side, at_once, images):
     """No more than are known to fit into memory."""
-    learner = SimpleNamespace(example=torch.zeros(1, 3, side, 20), most=most)
+    learner = SimpleNamespace(example=torch.zeros(1, 3, side, 20), at_once=at_once)
     assert images_in_step(learner, 128) == images
 
 

@@ -101,7 +101,7 @@ class Learner(Protocol):
     options: TrainingOptions
     normalization: Normalization | None  # of what `data` gives, where that is a data set
     names: Mapping[str, str]  # by site, where its DK layer is among a student's modules
-    most: int | None  # samples that it takes at once, where that is known
+    at_once: int | None  # samples that it takes at once, None for any number
 
     def data(self, samples: Samples, memory: float) -> Any:
         """What it is tuned on: a data set, images of which so many bytes may be kept, or batches of tensors."""

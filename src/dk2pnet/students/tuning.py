@@ -88,8 +88,9 @@ class Tuner:
             changes["batch_norm"] = "frozen"
         self.options = replace(options, checkpoint_every=teacher.options.checkpoint_every, **changes)
         self.large = max(example.shape[2:]) > SMALL
-        if self.large and self._takes(Crop(_CROP, _WINDOW)):
-            self.source = replace(self.source, crop=Crop(_CROP, _WINDOW))
+        windows = Crop(_CROP, _WINDOW)
+        if self.large and self._takes(windows):
+            self.source = replace(self.source, crop=windows)
 
     def tune(self, solved: Solved, steps: int, folder: Path | None = None) -> Network | None:
         """The tuned student, or None where tuning does not bring it closer to the teacher.

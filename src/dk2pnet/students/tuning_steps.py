@@ -48,7 +48,7 @@ def images_in_step(learner: Learner, usual: int) -> int:
     """How many images a step of tuning sees: `usual` of small ones, fewer of large ones, and no more than are taken at
     once."""
     size = usual if max(learner.example.shape[2:]) <= SMALL else _LARGE_BATCH
-    return size if learner.most is None else min(size, learner.most)
+    return size if learner.at_once is None else min(size, learner.at_once)
 
 
 def tuning_of(tune: str | int | None, *, epochs: int, samples: Samples | None, macs: int) -> Tuning:

@@ -123,9 +123,9 @@ def test_what_does_not_come_closer_is_not_kept(tmp_path, monkeypatch):
     assert content(result) == content(compress(deep(), tmp_path, 0))
 
 
-def _steps(made, data, tmp_path, **options):
+def _step(made, data, tmp_path, **options):
     """The first batch that the graph would be tuned on."""
-    options = CompressOptions(tune=5, calibration_images=40, input_size=96, normalize="imagenet", **options)
+    options = CompressOptions(tune=5, calibration_images=40, **options)
     teacher = Teacher.open(save(made, tmp_path), str(data), options, Run())
     tuner = Tuner(teacher, Run())
     (x, _), *_ = tuner.source.epoch(0, tuner.options)
@@ -138,20 +138,18 @@ def test_images_of_a_graph_are_augmented_as_those_of_a_module(tmp_path):
     folder.mkdir()
     for number in range(45):
         Image.fromarray(noise.integers(256, size=(100, 120, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    assert _steps(deep(), folder, tmp_path).shape == (32, 3, 64, 64)
-    assert _steps(deep(), folder, tmp_path, augment="none").shape == (32, 3, 96, 96)
-    assert _steps(small(batch=4), folder, tmp_path).shape == (4, 3, 96, 96)  # as many as it asks for, as they are
-    assert _steps(small(size=(96, 96)), folder, tmp_path).shape == (32, 3, 64, 64)
+    how = {"input_size": 96, "normalize": "imagenet"}
+    assert _step(deep(), folder, tmp_path, **how).shape == (32, 3, 64, 64)
+    assert _step(deep(), folder, tmp_path, augment="none", **how).shape == (32, 3, 96, 96)
+    assert _step(small(batch=4), folder, tmp_path, **how).shape == (4, 3, 96, 96)  # as many as it asks for
+    assert _step(small(size=(96, 96)), folder, tmp_path, **how).shape == (32, 3, 64, 64)
 
 
 @needs_onnx_tuning
 def test_so_are_arrays_that_look_like_large_images(tmp_path):
     for augment, side, seen in ((None, 96, (32, 64)), ("none", 96, (32, 96)), (None, 9, (8, 9))):
         np.savez(tmp_path / "x.npz", x=weights(40, 3, side, side))
-        options = CompressOptions(tune=5, calibration_images=40, augment=augment)
-        teacher = Teacher.open(save(deep(), tmp_path), str(tmp_path / "x.npz"), options, Run())
-        tuner = Tuner(teacher, Run())
-        (first, _), *_ = tuner.source.epoch(0, tuner.options)
+        first = _step(deep(), tmp_path / "x.npz", tmp_path, augment=augment)
         assert (len(first), first.shape[3]) == seen
 
 

@@ -49,7 +49,7 @@ class OnnxLearner:
     Euclidean distance.
 
     `expected`: what ONNX Runtime makes of `feed`, by the names of the tensors that count; `normalization`: of images
-    that are decoded here; `most`: samples at once, None for any number.
+    that are decoded here; `at_once`: so many samples, None for any number.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class OnnxLearner:
         expected: Mapping[str, np.ndarray],
         feed: Feed,
         normalization: Normalization | None = None,
-        most: int | None = None,
+        at_once: int | None = None,
     ) -> None:
-        self.normalization, self.most = normalization, most
+        self.normalization, self.at_once = normalization, at_once
         self.graph = AsTorch(graph, sites, list(expected), feed, expected)
         self.sites = {site.name: site for site in sites}
         self.teacher: nn.Module = self.graph.module
@@ -75,7 +75,7 @@ class OnnxLearner:
     def data(self, samples: Samples, memory: float) -> ImageData | TensorImages | Batches:
         """Large images, which can be augmented, of a graph that takes any number of them; else batches as they are:
         from small ones shifted and mirrored less was learnt in few steps."""
-        if self.most is not None or max(self.example.shape[2:]) <= SMALL:
+        if self.at_once is not None or max(self.example.shape[2:]) <= SMALL:
             return Tensors(samples.gather)
         return samples.tune if isinstance(samples.tune, ImageData) else images_of(Tensors(samples.gather), memory)
 

@@ -347,8 +347,8 @@ class OnnxNetwork:
         expected = tensors_of(self.graph.proto, self.names, run.threads)(feed)
         tensors = {name: expected[name] for name in self.names}
         # What it takes at once by itself is for ONNX Runtime; fewer are those whose maps fit into memory.
-        most = None if self.batching == Batching(AT_ONCE) else self.batching.size
-        return OnnxLearner(self.graph, list(sites.values()), tensors, feed, self.normalization, most)
+        at_once = None if self.batching == Batching(AT_ONCE) else self.batching.size
+        return OnnxLearner(self.graph, list(sites.values()), tensors, feed, self.normalization, at_once)
 
     # -- on the way out ----------------------------------------------------------------------------------------------
 

@@ -441,7 +441,7 @@ class TorchLearner:
     example: Tensor
     normalization: Normalization | None
     names: Mapping[str, str]
-    most: int | None
+    at_once: int | None
     options: TrainingOptions = TUNING
 
     def data(self, samples: Samples, memory: float) -> ImageData | TensorImages | Batches:
