@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dk2pnet.errors import InputError
+from dk2pnet.training import losses
 from dk2pnet.training.losses import (
     DEFAULT_METHOD,
     METHODS,
@@ -192,6 +193,20 @@ def test_temperature_is_a_change_of_scale(loss):
 
 
 # -- the other hints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 10**9])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_euclidean_hints_of_a_few_images_at_a_time_are_those_of_all(monkeypatch, at_once, layout):
+    monkeypatch.setattr(losses, "_IN_CACHE", at_once)
+    s, t = (x.contiguous(memory_format=layout).requires_grad_() for x in maps(5, (7, 5, 3, 4)))
+    for scale in (1.0, 0.0):  # of equal maps there is no slope
+        student = scale * s + (1 - scale) * t.detach()
+        wanted = (student - t.detach()).square().sum() / t.detach().square().sum()
+        found = euclidean(student, t.detach())
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(x, s, retain_graph=True)[0] for x in (found, wanted)))
+    assert float(euclidean(s, torch.zeros_like(s)).detach()) > 1e6
 
 
 def test_euclidean_hints_by_hand():

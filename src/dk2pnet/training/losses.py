@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dk2pnet.answers import class_numbers
 from dk2pnet.errors import InputError
@@ -27,6 +30,8 @@ __all__ = [
     "labels",
     "method_named",
 ]
+
+_IN_CACHE = 2**19  # numbers that a core keeps at hand
 
 
 def labels(scores: Tensor, y: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def kp_channel(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     ``-tau^2 sum_c p_T log p_S`` with p the softmax at temperature tau, mean over images and positions. Equal C.
     """
     # A row for each position: in the channels-last layout that is how the maps lie in memory.
-    student, teacher = (part.permute(0, 2, 3, 1).flatten(0, 2) for part in _same_size(student, teacher))
+    student, teacher = (part.float().permute(0, 2, 3, 1).flatten(0, 2) for part in _same_size(student, teacher))
     log_student = F.log_softmax(student / temperature, 1)
     return -(temperature**2) * (F.softmax(teacher / temperature, 1) * log_student).sum() / len(student)
 
@@ -70,7 +75,7 @@ def kp_position(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
 
     ``-tau^2 sum_hw p_T log p_S`` with p the softmax at temperature tau, mean over images and channels. Equal C.
     """
-    student, teacher = (part.flatten(2) for part in _same_size(student, teacher))
+    student, teacher = (part.float().flatten(2) for part in _same_size(student, teacher))
     log_student = F.log_softmax(student / temperature, 2)
     return -(temperature**2) * (F.softmax(teacher / temperature, 2) * log_student).sum(2).mean()
 
@@ -81,7 +86,7 @@ def kp_unit(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tenso
     ``-tau^2 (p_T log p_S + (1 - p_T) log(1 - p_S))``, mean over images, channels and positions. Maps *before* the
     activation: after a ReLU a sigmoid cannot say "off". Equal C.
     """
-    student, teacher = _same_size(student, teacher)
+    student, teacher = (part.float() for part in _same_size(student, teacher))
     target = (teacher / temperature).sigmoid()
     return temperature**2 * F.binary_cross_entropy_with_logits(student / temperature, target)
 
@@ -93,7 +98,36 @@ def euclidean(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     the teacher's energy, so that one weight serves every layer.
     """
     student, teacher = _same_size(student, teacher)
-    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(1e-12)
+    found: Tensor = _Distance.apply(student, teacher)
+    return found
+
+
+class _Distance(torch.autograd.Function):
+    """``|student - teacher|^2 / |teacher|^2`` in single precision, a few images at a time.
+
+    The maps of a first stage are the largest tensors of a step: with all their differences and squares in single
+    precision at once, this took a third of it.
+    """
+
+    @staticmethod
+    def forward(context: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        difference, energies = torch.empty_like(student), []
+        parts = 1 if student.is_cuda else min(max(student.numel() // _IN_CACHE, 1), len(student))
+        for found, a, b in zip(*(x.chunk(parts) for x in (difference, student, teacher)), strict=True):
+            b = b.float()
+            exact = a.float() - b
+            found.copy_(exact)
+            energies.append(torch.stack([x.square().sum() for x in (exact, b)]))
+        error, energy = torch.stack(energies).sum(0)
+        energy = energy.clamp_min(1e-12)
+        context.save_for_backward(difference, energy)
+        return error / energy
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        difference, energy = context.saved_tensors
+        return difference * (2 * gradients[0] / energy), None
 
 
 def attention(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -102,16 +136,16 @@ def attention(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Ten
     Any two C; the temperature is not used. Source: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR
     2017, section 3.1; the mean over images and positions is that of their program.
     """
-    student, teacher = (F.normalize(part.square().mean(1).flatten(1)) for part in _same_size(student, teacher))
+    student, teacher = (F.normalize(part.float().square().mean(1).flatten(1)) for part in _same_size(student, teacher))
     return F.mse_loss(student, teacher)
 
 
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps, the larger one averaged in single precision."""
     height, width = (min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
     size = (height, width)
     student, teacher = (
-        part if part.shape[2:] == size else F.adaptive_avg_pool2d(part, size)
-        for part in (student.float(), teacher.float())
+        part if part.shape[2:] == size else F.adaptive_avg_pool2d(part.float(), size) for part in (student, teacher)
     )
     return student, teacher
 
