@@ -4,13 +4,15 @@
 
 Arms take turns in one process, a few steps at a time; ratios of medians over all steps but the first two of a turn.
 ResNet-32 with DK layers beside the dense one (random weights, two kernels per channel, batches of 128 random 32 x 32
-images). `forms`: DK²PNets (one kernel per channel) trained folded, as branches, and as the trainer chooses by the width
-of each layer. Peak memory (Linux) is that of a process of its own. Writes benchmarks/results/steps.json.
+images). `forms`: DK²PNets (one kernel per channel) and ResNet-18 at 160 x 160 (two), trained folded, as branches, and
+as the trainer chooses for each layer, in each precision that the processor has units for. Peak memory (Linux) is that
+of a process of its own. Writes benchmarks/results/steps.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -24,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from common import plain_parser, read_results, write_results
-from dk2pnet import layer
 from dk2pnet.data import ImageData, Normalization
-from dk2pnet.layer import DKConv2d
+from dk2pnet.layer import DKConv2d, set_form
 from dk2pnet.modules import replace_modules
 from dk2pnet.networks.named import make_network
 from dk2pnet.run.device import environment, pick_device
@@ -42,8 +43,10 @@ RECIPES = {  # precision, layout, torch.compile
     "bf16, channels last": ("bf16", torch.channels_last, False),
     "bf16, channels last, compiled": ("bf16", torch.channels_last, True),
 }
-SEPARATE = {"folded": 10**9, "as chosen": layer._DEPTHWISE, "branches": -(10**9)}  # what a depthwise product costs
-STUDENTS = ("dk2pnet-8x16", "dk2pnet-14x16", "dk2pnet-20x32", "dk2pnet-32x32")
+STUDENTS = {  # images in a step, their size
+    **{f"dk2pnet-{name}": (128, 32) for name in ("8x16", "14x16", "20x32", "32x32")},
+    "torchvision/resnet18": (32, 160),
+}
 NETWORKS = {"resnet20": (128, 32), "resnet32 with DK layers, KP + KD": (128, 32), "torchvision/resnet18": (32, 96)}
 
 
@@ -51,13 +54,17 @@ def student_and_teacher() -> tuple[nn.Module, nn.Module]:
     """ResNet-32 with two kernels per channel in all convolutions but the first, and the dense one."""
     torch.manual_seed(0)
     student = make_network("resnet32", num_classes=10, in_channels=3)
-    layers = {
-        name: DKConv2d.like(module, 2)
-        for name, module in student.named_modules()
-        if isinstance(module, nn.Conv2d) and name != "conv1"
-    }
-    replace_modules(student, layers)
+    replace_modules(student, {conv: DKConv2d.like(conv, 2) for conv in spatial(student)})
     return student, make_network("resnet32", num_classes=10, in_channels=3)
+
+
+def spatial(model: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions larger than 1x1 but the first."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and name != "conv1" and max(module.kernel_size) > 1
+    ]
 
 
 def turn(
@@ -142,20 +149,31 @@ def recipes(rounds: int) -> list[dict]:
 
 
 def forms(rounds: int) -> list[dict]:
-    rows, data = [], batches(128, 32)
-    options = TrainingOptions(epochs=1, learning_rate=1e-3)
-    for name in STUDENTS:
-        student = make_network(name)
+    rows = []
+    for name, (count, size) in STUDENTS.items():
+        data = batches(count, size)
+        student = make_network(name, num_classes=10)
+        if not name.startswith("dk2pnet"):
+            replace_modules(student, {conv: DKConv2d.like(conv, 2) for conv in spatial(student)})
+        for precision in sorted({"fp32", trainer.choose_precision(torch.device("cpu"))}, reverse=True):
+            options = TrainingOptions(epochs=1, learning_rate=1e-3, precision=precision)
 
-        def arm(least: int, student: nn.Module = student) -> Callable[[], list[float]]:
-            def turns() -> list[float]:
-                with mock.patch.object(layer, "_DEPTHWISE", least):
-                    return turn(student, None, options, torch.channels_last, data)
+            def arm(
+                form: str, student: nn.Module = student, options: TrainingOptions = options, data: list = data
+            ) -> Callable[[], list[float]]:
+                def turns() -> list[float]:
+                    given = contextlib.nullcontext()
+                    if form != "as chosen":
+                        given = mock.patch.object(
+                            trainer, "set_fast_form", lambda model, *_, **__: set_form(model, form)
+                        )
+                    with given:
+                        return turn(student, None, options, torch.channels_last, data)
 
-            return turns
+                return turns
 
-        times = interleaved({form: arm(least) for form, least in SEPARATE.items()}, rounds)
-        rows += [{"network": name, **row} for row in compared(times, "folded", 128)]
+            times = interleaved({form: arm(form) for form in ("folded", "as chosen", "branches")}, rounds)
+            rows += [{"network": name, "precision": precision, **row} for row in compared(times, "folded", count)]
     return rows
 
 

@@ -181,12 +181,13 @@ def recipes() -> str:
 def forms() -> str:
     rows = read("steps")["forms"]["rows"]
     names = list(dict.fromkeys(row["name"] for row in rows))
-    cells = {(row["network"], row["name"]): row for row in rows}
+    cells = {(row["network"], row["precision"], row["name"]): row for row in rows}
     table = []
-    for network in dict.fromkeys(row["network"] for row in rows):
-        found = [cells[network, name] for name in names]
-        table.append((network, *[f"{1 / row['ratio']:.2f}x ({row['images_per_second']:.0f}/s)" for row in found]))
-    return markdown_table((f"network ({machine('forms')})", *names), table)
+    for network, precision in dict.fromkeys((row["network"], row["precision"]) for row in rows):
+        found = [cells[network, precision, name] for name in names]
+        speeds = [f"{1 / row['ratio']:.2f}x ({row['images_per_second']:.0f}/s)" for row in found]
+        table.append((network, precision, *speeds))
+    return markdown_table((f"network ({machine('forms')})", "precision", *names), table)
 
 
 def processes() -> str:

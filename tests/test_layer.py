@@ -303,23 +303,37 @@ def test_set_form_reaches_every_layer():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "counts", "form"),
+    ("arguments", "counts", "form", "wide"),
     [
-        ((64, 64, 3), 2, "branches"),
-        ((64, 64, 3), [3, 1] * 32, "gathered"),
-        ((64, 64, 3), 4, "folded"),
-        ((3, 64, 7, 2), 10, "folded"),  # few channels: the products are small, the depthwise part is most
-        ((32, 64, 5), 3, "branches"),
-        ((32, 64, 5), 6, "folded"),
+        ((64, 64, 3), 2, "branches", "branches"),
+        ((64, 64, 3), [3, 1] * 32, "gathered", "folded"),
+        ((64, 64, 3), 4, "folded", "folded"),
+        ((256, 256, 3), [3, 1] * 128, "gathered", "gathered"),
+        ((3, 64, 7, 2), 10, "folded", "folded"),  # few channels: the products are small, the depthwise part is most
+        ((32, 64, 5), 3, "branches", "branches"),
+        ((32, 64, 5), 6, "folded", "folded"),
     ],
 )
-def test_the_fast_form_is_the_cheapest_of_a_processor(arguments, counts, form):
-    """The depthwise part of a kernel costs as much as many rows of the dense product, the more the more taps it has."""
+def test_the_fast_form_is_the_cheapest_of_a_processor(monkeypatch, arguments, counts, form, wide):
+    """The depthwise part of a kernel costs as much as many rows of the dense product, the more the more taps it has,
+    and the more where channels are gathered and the dense product is fast: with wide vectors."""
     layer = DKConv2d(*arguments, counts=counts)
-    set_fast_form(layer, torch.device("cpu"))
-    assert layer.form == form
+    for vectors, expected in {"AVX2": form, "DEFAULT": form, "AVX512": wide}.items():
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda vectors=vectors: vectors)
+        set_fast_form(layer, torch.device("cpu"))
+        assert layer.form == expected
     set_fast_form(layer, torch.device("cuda"))
     assert layer.form == "folded"
+
+
+@pytest.mark.parametrize(
+    ("stride", "half", "form"), [(1, True, "branches"), (2, True, "folded"), (2, False, "branches")]
+)
+def test_a_strided_layer_is_folded_in_half_precision(stride, half, form):
+    """PyTorch's depthwise convolution takes five times as long as the whole dense one there."""
+    layer = DKConv2d(256, 256, 3, stride, counts=2)
+    set_fast_form(layer, torch.device("cpu"), half)
+    assert layer.form == form
 
 
 def test_repr_names_what_differs_from_the_default():

@@ -29,8 +29,9 @@ from dk2pnet.errors import InputError
 
 __all__ = ["FORMS", "DKConv2d", "arguments_of", "padding_of", "set_fast_form", "set_form"]
 
-# Multiply-adds of a dense product in whose time a CPU does one of a depthwise convolution, gathering included.
-_DEPTHWISE = 12.4
+# Multiply-adds of a dense product in whose time a CPU does one of a depthwise convolution. Wide vectors (AVX512) speed
+# up the dense one more, but for single precision where no channels are gathered.
+_DEPTHWISE, _DEPTHWISE_WIDE = 12.4, 32.0
 FORMS = ("folded", "branches", "concat", "gathered")
 
 
@@ -454,12 +455,14 @@ def _branch_sizes(source: list[int]) -> list[int]:
     return sizes
 
 
-def set_fast_form(model: nn.Module, device: torch.device) -> None:
-    """Give every DK layer in `model` the form that PyTorch computes fastest, with its gradients too.
+def set_fast_form(model: nn.Module, device: torch.device, half: bool = False) -> None:
+    """Give every DK layer in `model` the form that PyTorch computes fastest, with its gradients too, in single
+    precision or in `half`.
 
     On a CPU, a layer whose two convolutions are faster than the folded one; measured by the part ``forms`` of
-    `benchmarks/steps.py`.
+    `benchmarks/steps.py`. A rule and not a measurement at hand, so that two runs on a machine round alike.
     """
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     for module in model.modules():
         if not isinstance(module, DKConv2d):
             continue
@@ -467,8 +470,10 @@ def set_fast_form(model: nn.Module, device: torch.device) -> None:
         taps = math.prod(module.kernel_size)
         dense = module.in_channels * taps * outputs
         module.form = "folded"
-        if device.type == "cpu" and kernels * (outputs + _DEPTHWISE * taps) < dense:
-            full = all(size == module.in_channels for size in module.branch_sizes)
+        full = all(size == module.in_channels for size in module.branch_sizes)
+        cost = _DEPTHWISE_WIDE if wide and (half or not full) else _DEPTHWISE
+        slow = half and max(module.stride) > 1  # PyTorch has no fast depthwise convolution for it
+        if device.type == "cpu" and not slow and kernels * (outputs + cost * taps) < dense:
             module.form = "branches" if full else "gathered"
 
 

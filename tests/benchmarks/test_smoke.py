@@ -17,6 +17,7 @@ import common
 from dk2pnet.deploy.costs import LatencyTable
 from dk2pnet.deploy.export import export_onnx
 from dk2pnet.deploy.latency import compare_latency
+from dk2pnet.layer import DKConv2d, set_form
 from dk2pnet.nets import NETS
 from dk2pnet.nets.resnet import CifarResNet
 from dk2pnet.options import VERBS, flag_of
@@ -284,6 +285,27 @@ def test_steps(layout, monkeypatch):
     monkeypatch.setattr(steps, "STEPS", 3)
     options = steps.TrainingOptions(epochs=1, learning_rate=1e-3, method="kd")
     assert len(steps.turn(resnet8(), resnet8(), options, layout, steps.batches(4, SIDE, 4))) == 1
+
+
+def test_forms(monkeypatch):
+    """Each arm trains in its own form: what is compared is not the same thing three times."""
+    import steps
+
+    student, _ = steps.student_and_teacher()
+    assert sum(isinstance(module, DKConv2d) for module in student.modules()) == 30
+    trained = []
+
+    def turn(model, *_):
+        steps.trainer.set_fast_form(model, torch.device("cpu"))
+        trained.append({module.form for module in model.modules() if isinstance(module, DKConv2d)})
+        return [1.0]
+
+    monkeypatch.setattr(steps, "turn", turn)
+    monkeypatch.setattr(steps, "STUDENTS", {"torchvision/resnet18": (1, 32)})
+    monkeypatch.setattr(steps.trainer, "choose_precision", lambda device: "fp32")
+    monkeypatch.setattr(steps.trainer, "set_fast_form", lambda model, *_: set_form(model, "concat"))
+    assert [row["name"] for row in steps.forms(1)] == ["folded", "as chosen", "branches"]
+    assert trained == [{"folded"}, {"concat"}, {"branches"}] * 2
 
 
 def test_processes():

@@ -241,7 +241,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(use_form(model, "folded"))
-        set_fast_form(model, device)
+        set_fast_form(model, device, half=precision == "bf16")
         teacher = teacher.to(device) if teacher is not None and method.teacher else None
         half = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         with half:
