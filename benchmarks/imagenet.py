@@ -10,8 +10,8 @@ those. Minutes are of tuning alone, on this machine; 0 is the closed form with a
 does. The closed form of a budget is made once. --without takes one thing away: ``recipe`` tunes at the rate and the
 batch norm of CIFAR, unasked; ``augmentation`` on the images as they are; ``windows`` on whole crops in place of smaller
 ones; ``corrections`` from kernels as they were solved, with the teacher's batch norms; ``first`` leaves the first
-convolution dense, and the others pay. Killed, the command goes on: students lie in --runs. Writes
-benchmarks/results/imagenet-MODEL.json.
+convolution dense, and the others pay; ``start`` tunes from the reconstructed student in place of the plain one.
+Killed, the command goes on: students lie in --runs. Writes benchmarks/results/imagenet-MODEL.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dk2pnet.tasks import accuracy, agreement, divergence
 from dk2pnet.training.trainer import TUNING
 
 _KEYS = ("budget", "minutes", "seed", "without")
-_PARTS = ("recipe", "augmentation", "windows", "corrections", "first")
+_PARTS = ("recipe", "augmentation", "windows", "corrections", "first", "start")
 
 
 def key(row: Any) -> tuple:
@@ -119,10 +119,12 @@ def measure(options: Namespace, seed: int, missing: list[tuple[float, float]], r
             tuner.source = replace(tuner.source, crop=replace(tuner.source.crop, window=1.0))
         if without == "corrections":
             network.corrections = lambda *_: iter(())  # type: ignore[method-assign]
+        if without == "start":
+            network.reconstructs_first = True
         for value, minutes in missing:
             budget = Budget("macs", value)
             folder = options.runs / options.model.replace("/", "-") / f"{budget}-seed{seed}"
-            if without in ("corrections", "first"):  # which make another closed form
+            if without in ("corrections", "first", "start"):  # which make another closed form
                 folder = folder / f"without-{without}"
             folder.mkdir(parents=True, exist_ok=True)
 

@@ -137,9 +137,9 @@ def test_imagenet(main, unlabelled):
     rows = main("imagenet", *unlabelled, "--minutes", 0, 1)
     assert [row["minutes"] for row in rows] == [0, 1]
     assert all(row["accuracy"] >= 0 for row in rows)
-    for part in ("recipe", "augmentation", "corrections", "first"):
+    for part in ("recipe", "augmentation", "corrections", "first", "start"):
         rows = main("imagenet", *unlabelled, "--minutes", 1, "--without", part)
-    assert sorted(row["without"] for row in rows) == ["", "", "augmentation", "corrections", "first", "recipe"]
+    assert sorted(row["without"] for row in rows) == ["", "", "augmentation", "corrections", "first", "recipe", "start"]
 
 
 def test_imagenet_peers(main, unlabelled):

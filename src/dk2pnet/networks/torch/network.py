@@ -82,11 +82,7 @@ class TorchNetwork:
     batching: Batching = Batching()
 
     default_criterion = "loss"
-
-    @property
-    def reconstructs_first(self) -> bool:
-        """Where images are large: tuning takes few steps there, and starts better from it (docs/tuning.md)."""
-        return self.example.dim() == 4 and max(self.example.shape[2:]) > SMALL
+    reconstructs_first = False  # it takes minutes, and tuning ends farther from the teacher for it (docs/tuning.md)
 
     @property
     def device(self) -> torch.device:
