@@ -59,7 +59,7 @@ def student_and_teacher() -> tuple[nn.Module, nn.Module]:
 
 
 def spatial(model: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions larger than 1x1 but the first."""
+    """The convolutions larger than 1x1, without the first."""
     return [
         module
         for name, module in model.named_modules()

@@ -82,7 +82,7 @@ class TorchNetwork:
     batching: Batching = Batching()
 
     default_criterion = "loss"
-    reconstructs_first = False  # it takes minutes, and tuning ends farther from the teacher for it (docs/tuning.md)
+    reconstructs_first = False  # it takes minutes, which are worth more as steps of tuning (docs/tuning.md)
 
     @property
     def device(self) -> torch.device:
